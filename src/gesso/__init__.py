@@ -1,0 +1,3 @@
+"""Gesso fine-tunes diffusion image models."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,231 @@
+"""The run file as data. The documentation under a field feeds --help, the reference and the web form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from gesso.adapters import AnyAdapter, LoRA
+from gesso.core.schedule import Schedule
+from gesso.core.seams import Spec
+from gesso.families import AnyFamily, SDXL
+from gesso.objectives import AnyObjective, Denoise
+from gesso.trackers import AnyTracker, TensorBoard
+
+
+class Source(Spec):
+    """One folder of captioned images."""
+
+    path: Path
+    """Folder with images and `.txt` captions beside them, or with a metadata file. Relative to the run file."""
+    metadata: str | None = None
+    """A `.jsonl` file inside the folder that lists images and captions. Empty: `metadata.jsonl` if there is one,
+    else caption files beside the images."""
+    image_column: str | None = None
+    """Column with the image's path relative to the folder. Empty: file_name, image_path or image, whichever is there."""
+    caption_column: str | None = None
+    """Column with the caption. Empty: text, prompt or caption, whichever is there."""
+    caption_extension: str = ".txt"
+    """Ending of caption files beside the images."""
+    trigger: str | None = None
+    """Word put before every caption that does not contain it yet."""
+    missing_captions: Literal["error", "empty", "trigger"] = "error"
+    """What an image without a caption means: a mistake, an empty caption, or the trigger word alone."""
+    repeats: int = Field(default=1, ge=1)
+    """How often each image is seen in an epoch."""
+    weight: float = Field(default=1.0, ge=0)
+    """Loss weight of these images."""
+
+
+class Buckets(Spec):
+    """Aspect-ratio buckets: pictures are resized to cover the nearest bucket and cropped."""
+
+    enabled: bool = True
+    """Off: every picture is cropped to a square of `data.resolution`."""
+    step: int = Field(default=64, ge=8)
+    """Bucket sides are multiples of this."""
+    smallest: int | None = Field(default=None, ge=8)
+    """Shortest side allowed. Empty: half the resolution."""
+    largest: int | None = Field(default=None, ge=8)
+    """Longest side allowed. Empty: twice the resolution."""
+    upscale: bool = True
+    """Off: pictures smaller than their bucket go to a smaller bucket instead of being enlarged."""
+
+
+class Holdout(Spec):
+    """Which pictures are kept from training to measure the validation loss."""
+
+    fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the images, chosen by content, so that adding images moves no other image across. At least 1 if above 0."""
+    path: Path | None = None
+    """A separate folder of validation images, in any layout that `sources` takes."""
+
+
+class Data(Spec):
+    """Images and captions, and how they become training samples."""
+
+    sources: tuple[Source, ...] = Field(min_length=1)
+    """Folders of captioned images."""
+    resolution: int = Field(default=1024, ge=16)
+    """Side of the square whose area every bucket has, in pixels."""
+    buckets: Buckets = Buckets()
+    crop: Literal["center", "random"] = "center"
+    """Where to crop what sticks out of the bucket; random is drawn anew each epoch (and caches one crop per visit)."""
+    flip: bool = False
+    """Mirror half of the visits. Not for faces with a parting, text or asymmetric clothes."""
+    caption_dropout: float = Field(default=0.0, ge=0, le=1)
+    """Share of visits with an empty caption, which keeps classifier-free guidance working."""
+    validation: Holdout = Holdout()
+    background: str = "white"
+    """Colour put behind transparent pictures."""
+    skip_bad: bool = False
+    """Go on without unreadable pictures (each is reported) instead of stopping."""
+    cache: Path | None = None
+    """Folder for cached latents and text embeddings, shared between runs. Empty: ~/.cache/gesso."""
+    workers: int = Field(default=1, ge=0)
+    """Background threads that prepare batches; 0 prepares them in the loop."""
+
+
+class Optimizer(Spec):
+    """The optimiser and its constants."""
+
+    type: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit needs bitsandbytes and a GPU."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the denominator."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled weight decay."""
+
+
+class EMA(Spec):
+    """Exponential moving average of the trained weights, kept in float32."""
+
+    enabled: bool = False
+    """Keep one; it is saved under `ema/` in every checkpoint."""
+    decay: float = Field(default=0.9999, ge=0, lt=1)
+    """Upper bound of the decay."""
+    warmup: bool = True
+    """Rise to it as (1 + k) / (10 + k), so that the average forgets the start quickly."""
+    use_for_samples: bool = True
+    """Previews and the final export take the averaged weights."""
+
+    def decay_at(self, update: int) -> float:
+        """Decay of optimiser update `update` (1-based): 0 at the first, which copies the weights."""
+        k = update - 1
+        if k <= 0:
+            return 0.0
+        return min(self.decay, (1 + k) / (10 + k)) if self.warmup else self.decay
+
+
+class Training(Spec):
+    """How long, how fast and in what precision."""
+
+    steps: int | None = Field(default=None, ge=1)
+    """Length in optimiser steps. Give this or `epochs`."""
+    epochs: int | None = Field(default=None, ge=1)
+    """Length in passes over the data. Give this or `steps`; with both, the shorter one ends the run."""
+    batch_size: int = Field(default=1, ge=1)
+    """Samples that go through the model at once."""
+    accumulation: int = Field(default=1, ge=1)
+    """Batches per optimiser step."""
+    learning_rate: float = Field(default=1e-4, ge=0)
+    """Of the denoiser's adapter, and of everything that has no rate of its own."""
+    text_encoder_learning_rates: tuple[float, ...] | None = None
+    """One rate per text encoder; a single number serves all; 0 leaves that encoder exactly as it is."""
+    schedule: Schedule = Schedule()
+    optimizer: Optimizer = Optimizer()
+    clip: float | None = Field(default=1.0, gt=0)
+    """Largest norm of the gradient; longer ones are scaled down. Empty: no clipping."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Of the frozen model and the activations. Trained weights and the loss are always float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: much less memory, about a third slower."""
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """Attention kernels; sdpa is torch's own and needs nothing installed."""
+    device: str | None = None
+    """cuda, cuda:1, mps or cpu. Empty: the best there is."""
+    ema: EMA = EMA()
+
+    @model_validator(mode="after")
+    def _length(self) -> Training:
+        if self.steps is None and self.epochs is None:
+            raise ValueError("give the length of the run: steps or epochs")
+        return self
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Length of the run in optimiser steps."""
+        lengths = [self.steps, None if self.epochs is None else self.epochs * steps_per_epoch]
+        return min(length for length in lengths if length is not None)
+
+
+class Validation(Spec):
+    """The held-out loss: the same images, noise and timesteps every time."""
+
+    every: int | None = Field(default=None, ge=1)
+    """Optimiser steps between measurements. Empty: at every checkpoint, if images are held out."""
+    timesteps: int = Field(default=4, ge=1)
+    """How many fixed timesteps each held-out image is measured at."""
+
+
+class Preview(Spec):
+    """Pictures made while training, from fixed prompts and seeds, the untrained model (step 0) included."""
+
+    prompts: tuple[str, ...] = ()
+    """What to draw. Empty: no previews."""
+    negative: str = ""
+    """Negative prompt of all previews."""
+    every: int | None = Field(default=None, ge=1)
+    """Optimiser steps between previews. Empty: at every checkpoint."""
+    seed: int = 42
+    """Seed of the first picture; picture i of a prompt list uses seed + i."""
+    inference_steps: int = Field(default=25, ge=1)
+    """Sampling steps."""
+    guidance: float = Field(default=7.0, ge=1)
+    """Classifier-free guidance scale."""
+    width: int | None = Field(default=None, ge=8)
+    """Empty: data.resolution."""
+    height: int | None = Field(default=None, ge=8)
+    """Empty: data.resolution."""
+
+
+class Checkpoint(Spec):
+    """When to save, and what to keep."""
+
+    every: int = Field(default=500, ge=1)
+    """Optimiser steps between checkpoints; the last step is always saved."""
+    keep_last: int = Field(default=3, ge=1)
+    """Newest checkpoints to keep. The only good one is never deleted."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Also keep every checkpoint whose step is a multiple of this."""
+
+
+class RunConfig(Spec):
+    """A whole run."""
+
+    name: str = Field(default="run", pattern=r"^[\w][\w .-]*$")
+    """Name of the run and of the exported files."""
+    output: Path | None = None
+    """The run folder, relative to the working directory. Empty: runs/<name>."""
+    seed: int = Field(default=0, ge=0)
+    """Every random number of the run is a function of this, the epoch and the image."""
+    model: AnyFamily = SDXL()
+    data: Data
+    adapter: AnyAdapter = LoRA()
+    objective: AnyObjective = Denoise()
+    training: Training
+    validation: Validation = Validation()
+    preview: Preview = Preview()
+    checkpoint: Checkpoint = Checkpoint()
+    trackers: tuple[AnyTracker, ...] = (TensorBoard(),)
+    """Where metrics go beside events.jsonl, which is always written."""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.output if self.output is not None else Path("runs") / self.name

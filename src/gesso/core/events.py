@@ -1,0 +1,100 @@
+"""What a run says while it runs. Trackers, the progress bar and the studio all read these, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Event:
+    """Base of all run events; `step` is the number of finished optimiser steps."""
+
+    step: int
+
+    def as_json(self) -> dict[str, Any]:
+        """A JSON-ready mapping with the event's name under `event`."""
+        return {"event": type(self).__name__, **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True)
+class RunStarted(Event):
+    """The loop is about to take its first step; `step` is above 0 for a resumed run."""
+
+    total_steps: int
+    samples: int
+    folder: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Progress(Event):
+    """A long preparation (scanning, caching) moved on by some items."""
+
+    task: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class StepDone(Event):
+    """One optimiser step. Times in seconds, memory in bytes; `loss` is the mean over the step's samples."""
+
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    samples: int
+    seconds: float
+    data_seconds: float
+    memory: int
+    epoch: float
+
+
+@dataclass(frozen=True)
+class Validated(Event):
+    """The held-out loss, on noise and timesteps that never change."""
+
+    loss: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class PreviewReady(Event):
+    """Preview pictures were written."""
+
+    files: tuple[str, ...]
+    prompts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Saved(Event):
+    """A checkpoint is durable on disk."""
+
+    path: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Warned(Event):
+    """Something the user should know that does not stop the run."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class Finished(Event):
+    """The last step is done and everything is written."""
+
+    seconds: float
+    peak_memory: int
+    outputs: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Failed(Event):
+    """The run ended early; `resumable` says whether a checkpoint can take it up again."""
+
+    message: str
+    exit_code: int
+    resumable: bool

@@ -1,0 +1,170 @@
+"""The seams: what a model family, an objective, an adapter, a policy and a tracker promise each other.
+
+Nothing here imports an implementation. A spec is the working object: a frozen pydantic model whose fields are
+the hyperparameters in the run file and whose methods do the work; heavy libraries are imported inside methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from gesso.core.batch import Batch, Geometry
+from gesso.core.events import Event
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+Cond = dict[str, "Tensor"]
+"""What a denoiser is conditioned on; opaque outside its family. Every value is [B, ...]."""
+
+Emit = Callable[[Event], None]
+
+
+class Spec(BaseModel):
+    """Base of every section of a run file: frozen, unknown keys forbidden, documented field by field."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+@dataclass
+class Parts:
+    """The networks of one model, as far as they are loaded."""
+
+    denoiser: nn.Module | None = None
+    vae: nn.Module | None = None
+    text_encoders: list[nn.Module] = field(default_factory=list)
+    tokenizers: list[Any] = field(default_factory=list)
+
+
+class Noise(Protocol):
+    """A forward process: how a latent is corrupted and what the denoiser is asked for. All in float32."""
+
+    def sample_t(self, u: Tensor, *, low: float, high: float) -> Tensor:
+        """Timesteps [B] from uniform numbers u [B]; low and high bound the range as fractions of it."""
+        ...
+
+    def corrupt(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
+
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
+
+    def weight(self, t: Tensor, *, min_snr_gamma: float | None) -> Tensor:
+        """Loss weight [B]."""
+        ...
+
+
+class Family(Protocol):
+    """A model family: how its networks are loaded, fed and sampled."""
+
+    @property
+    def noise(self) -> Noise: ...
+
+    @property
+    def latent_factor(self) -> int:
+        """Pixels per latent cell along one side."""
+        ...
+
+    def load(self, names: Collection[str], *, dtype: torch.dtype, device: torch.device) -> Parts:
+        """Load some of "denoiser", "vae", "text"; all frozen and in eval mode."""
+        ...
+
+    def encode_images(self, parts: Parts, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] -> posterior moments [B, 2C, h, w] float32 (mean, then std)."""
+        ...
+
+    def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """Moments [B, 2C, h, w] and unit noise [B, C, h, w] -> latents as the denoiser expects them."""
+        ...
+
+    def encode_text(self, parts: Parts, captions: Sequence[str]) -> Cond:
+        """Text embeddings, each [B, ...]; differentiable where the encoders train."""
+        ...
+
+    def condition(self, text: Cond, geometry: Sequence[Geometry]) -> Cond:
+        """Everything `predict` needs beside the noisy latent."""
+        ...
+
+    def predict(self, denoiser: nn.Module, noisy: Tensor, t: Tensor, cond: Cond) -> Tensor: ...
+
+    def targets(self, preset: str) -> list[str]:
+        """Module names that an adapter preset means in this family's denoiser."""
+        ...
+
+
+class Adapter(Protocol):
+    """What is trained: low-rank matrices, embeddings, or the whole model."""
+
+    def attach(self, parts: Parts, family: Family, *, seed: int) -> Attached: ...
+
+
+class Attached(Protocol):
+    """An adapter in place on loaded networks."""
+
+    def parameters(self) -> Mapping[str, Mapping[str, nn.Parameter]]:
+        """Trainable parameters by part ("denoiser", "text_encoder", ...) and stable name."""
+        ...
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Inside: the networks behave as before the adapter was attached."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """The trained tensors under the names that diffusers reads."""
+        ...
+
+    def metadata(self) -> dict[str, str]:
+        """Safetensors header values that go with `state`."""
+        ...
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state` gave; a missing or surplus tensor is a `UserError`."""
+        ...
+
+
+class Policy(Protocol):
+    """Family, denoiser and adapter as one function from noisy latents to predictions."""
+
+    @property
+    def noise(self) -> Noise: ...
+
+    def condition(self, batch: Batch) -> Cond: ...
+
+    def predict(self, noisy: Tensor, t: Tensor, cond: Cond) -> Tensor: ...
+
+    def reference(self) -> AbstractContextManager[None]: ...
+
+
+class Objective(Protocol):
+    """What is minimised."""
+
+    def loss(self, policy: Policy, batch: Batch) -> Tensor:
+        """Weighted loss of each sample, [B] float32; the loop divides by the step's sample count."""
+        ...
+
+
+class Tracker(Protocol):
+    """Where events go. A tracker that fails is dropped with a warning; it never stops a run."""
+
+    def handle(self, event: Event) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Stream(Protocol):
+    """The training data as the loop sees it: optimiser steps, each some batches of one shape."""
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+
+    def window(self, step: int) -> Iterator[Batch]:
+        """The batches of optimiser step `step`, a pure function of (seed, step)."""
+        ...
+
+    def window_size(self, step: int) -> int:
+        """Samples in optimiser step `step`."""
+        ...

@@ -1,0 +1,5 @@
+"""The registry of model families: a family is one file and one line here."""
+
+from gesso.families.sdxl import SDXL
+
+AnyFamily = SDXL
