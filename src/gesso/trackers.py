@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+import os
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from gesso.core.seams import Spec
+from gesso.core.events import (
+    Event,
+    Failed,
+    Finished,
+    PreviewReady,
+    RunStarted,
+    Saved,
+    StepDone,
+    Validated,
+    Warned,
+)
+from gesso.core.folder import RunFolder, write_json
+from gesso.core.seams import Emit, Spec, Tracker
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+_REFRESH_SECONDS = 5.0
 
 
 class TensorBoard(Spec):
     """Scalars and preview pictures under `logs/` for `tensorboard --logdir`."""
 
     type: Literal["tensorboard"] = "tensorboard"
+
+    def open(self, folder: RunFolder, *, name: str) -> Tracker:  # noqa: ARG002
+        """Start writing into the run folder; a resumed run goes on in the same curves."""
+        return _TensorBoard(folder)
 
 
 class Wandb(Spec):
@@ -26,5 +53,232 @@ class Wandb(Spec):
     entity: str | None = None
     """User or team. Empty: your default."""
 
+    def open(self, folder: RunFolder, *, name: str) -> Tracker:
+        """Start or take up the run of this folder on W&B; raises ImportError where wandb is not installed."""
+        return _Wandb(self, folder, name)
+
 
 AnyTracker = Annotated[TensorBoard | Wandb, Field(discriminator="type")]
+
+
+class Jsonl:
+    """The truth about a run: events.jsonl line by line, metrics.json, status.json and logs/train.log."""
+
+    def __init__(self, folder: RunFolder, *, started_at: int) -> None:
+        self._folder = folder
+        self._events: IO[str] = _append_lines(folder.events)
+        self._log: IO[str] = (folder.logs / "train.log").open("a", encoding="utf-8")
+        self._curves = _curves(folder, before=started_at)
+        self._total = 0
+        self._refreshed = 0.0
+
+    def handle(self, event: Event) -> None:
+        """Append the event; refresh the other files now and then, and at every turning point."""
+        self._events.write(json.dumps({"time": time.time(), **event.as_json()}) + "\n")
+        self._events.flush()
+        state, turning = "running", True
+        match event:
+            case RunStarted():
+                self._total = event.total_steps
+            case StepDone():
+                _append(self._curves, "train", step=event.step, loss=event.loss, learning_rate=event.learning_rate)
+                turning = False
+            case Validated():
+                _append(self._curves, "validation", step=event.step, loss=event.loss)
+            case Finished():
+                state = "finished"
+            case Failed():
+                state = "interrupted" if event.resumable and event.exit_code == 75 else "failed"
+        if line := _log_line(event):
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+            self._log.flush()
+        if turning or time.monotonic() - self._refreshed > _REFRESH_SECONDS:
+            self._refresh(event.step, state)
+
+    def close(self) -> None:
+        """Write the curves a last time."""
+        write_json(self._folder.metrics, _flat(self._curves), durable=False)
+        self._events.close()
+        self._log.close()
+
+    def _refresh(self, step: int, state: str) -> None:
+        self._refreshed = time.monotonic()
+        status = {"state": state, "step": step, "total_steps": self._total, "updated": time.time()}
+        write_json(self._folder.status, status | {"pid": os.getpid(), "host": socket.gethostname()}, durable=False)
+        write_json(self._folder.metrics, _flat(self._curves), durable=False)
+
+
+class Trackers:
+    """All trackers of a run behind one `handle`. One that fails is dropped with a warning; the run goes on."""
+
+    def __init__(self, always: Jsonl, extra: Sequence[AnyTracker], folder: RunFolder, *, name: str, warn: Emit) -> None:
+        self._always, self._warn = always, warn
+        self._others: dict[str, Tracker] = {}
+        for spec in extra:
+            try:
+                self._others[spec.type] = spec.open(folder, name=name)
+            except Exception as error:
+                self._report(spec.type, error, 0)
+
+    def handle(self, event: Event) -> None:
+        """Pass the event on; only the local log may raise."""
+        self._always.handle(event)
+        for name, tracker in list(self._others.items()):
+            try:
+                tracker.handle(event)
+            except Exception as error:
+                del self._others[name]
+                self._report(name, error, event.step)
+
+    def close(self) -> None:
+        """Close all trackers."""
+        for name, tracker in self._others.items():
+            try:
+                tracker.close()
+            except Exception as error:
+                self._report(name, error, 0)
+        self._always.close()
+
+    def _report(self, name: str, error: Exception, step: int) -> None:
+        warning = Warned(step, f"{name} stopped working and is left out: {error}. Training goes on.")
+        self._always.handle(warning)
+        self._warn(warning)
+
+
+class _TensorBoard:
+    def __init__(self, folder: RunFolder) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._folder, self._make = folder, SummaryWriter
+        self._writer: SummaryWriter | None = None
+
+    def handle(self, event: Event) -> None:
+        if self._writer is None:
+            # Points of an earlier try that lie beyond the resumed step are hidden, not drawn twice.
+            purge = event.step + 1 if event.step else None
+            self._writer = self._make(str(self._folder.logs), purge_step=purge)
+        for name, value in _scalars(event).items():
+            self._writer.add_scalar(name, value, event.step)
+        if isinstance(event, PreviewReady):
+            for i, file in enumerate(event.files):
+                self._writer.add_image(f"preview/{i}", _pixels(self._folder.path / file), event.step, dataformats="HWC")
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, spec: Wandb, folder: RunFolder, name: str) -> None:
+        import wandb
+
+        self._folder, self._wandb = folder, wandb
+        self._run = wandb.init(
+            project=spec.project, name=spec.run_name or name, entity=spec.entity, dir=str(folder.logs), resume="allow"
+        )
+
+    def handle(self, event: Event) -> None:
+        if isinstance(event, RunStarted):
+            self._run.config.update(event.settings, allow_val_change=True)
+        if scalars := _scalars(event):
+            self._run.log(scalars, step=event.step)
+        if isinstance(event, PreviewReady):
+            shots = zip(event.files, event.prompts, strict=True)
+            images = [self._wandb.Image(str(self._folder.path / file), caption=prompt) for file, prompt in shots]
+            self._run.log({"previews": images}, step=event.step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _append_lines(path: Path) -> IO[str]:
+    """Open for appending whole lines; a line cut off by a crash stays a line of its own."""
+    cut = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+    handle = path.open("a", encoding="utf-8")
+    if cut:
+        handle.write("\n")
+    return handle
+
+
+def _scalars(event: Event) -> dict[str, float]:
+    match event:
+        case StepDone():
+            return {
+                "train/loss": event.loss,
+                "train/learning_rate": event.learning_rate,
+                "train/gradient_norm": event.gradient_norm,
+                "speed/samples_per_second": event.samples / max(event.seconds, 1e-9),
+                "speed/data_share": event.data_seconds / max(event.seconds, 1e-9),
+                "memory/peak_bytes": event.memory,
+            }
+        case Validated():
+            return {"validation/loss": event.loss}
+        case _:
+            return {}
+
+
+def _pixels(file: Path) -> Any:
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(file) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _log_line(event: Event) -> str:
+    match event:
+        case RunStarted():
+            return f"start at step {event.step} of {event.total_steps}, {event.samples} training images"
+        case StepDone():
+            return (
+                f"step {event.step} loss {event.loss:.5f} lr {event.learning_rate:.3g} norm {event.gradient_norm:.4g}"
+            )
+        case Validated():
+            return f"step {event.step} validation loss {event.loss:.5f}"
+        case Saved():
+            return f"step {event.step} saved {event.path}"
+        case PreviewReady():
+            return f"step {event.step} previews {', '.join(event.files)}"
+        case Warned():
+            return f"warning: {event.message}"
+        case Finished():
+            return f"finished at step {event.step} after {event.seconds:.0f} s"
+        case Failed():
+            return f"ended at step {event.step}: {event.message}"
+        case _:
+            return ""
+
+
+Curves = dict[str, dict[str, list[float]]]
+
+
+def _append(curves: Curves, group: str, *, step: int, loss: float, learning_rate: float | None = None) -> None:
+    columns = {"step": step, "loss": loss} | ({} if learning_rate is None else {"learning_rate": learning_rate})
+    for name, value in columns.items():
+        curves.setdefault(group, {}).setdefault(name, []).append(value)
+
+
+def _flat(curves: Curves) -> dict[str, list[float]]:
+    """Training columns under their own names (`metrics["loss"][-1]`), validation columns with a prefix."""
+    return curves.get("train", {}) | {f"validation_{name}": values for name, values in curves.get("validation", {}).items()}
+
+
+def _curves(folder: RunFolder, *, before: int) -> Curves:
+    """What earlier parts of this run measured up to the step it goes on from."""
+    curves: Curves = {}
+    if not folder.events.exists():
+        return curves
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    for line in folder.events.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # the last line of a killed process may be cut
+        if row.get("event") in {"StepDone", "Validated"} and row["step"] <= before:
+            rows[row["event"], row["step"]] = row
+    for (event, step), row in sorted(rows.items()):
+        if event == "StepDone":
+            _append(curves, "train", step=step, loss=row["loss"], learning_rate=row["learning_rate"])
+        else:
+            _append(curves, "validation", step=step, loss=row["loss"])
+    return curves

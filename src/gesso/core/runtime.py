@@ -40,13 +40,13 @@ class Runtime:
                 where="WORLD_SIZE",
                 fix="start it without torchrun or accelerate launch, or set --num_processes 1",
             )
-        name = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        name = device or (
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
         if name.startswith("cuda") and not torch.cuda.is_available():
             raise ResourceError("no CUDA device is visible", where=name, fix="gesso doctor shows what is missing")
         if precision == "fp16" and name == "cpu":
-            raise UserError(
-                "fp16 training needs a GPU", where="training.precision", fix="use bf16 or fp32 on a CPU"
-            )
+            raise UserError("fp16 training needs a GPU", where="training.precision", fix="use bf16 or fp32 on a CPU")
         return cls(torch.device(name), precision)
 
     @property

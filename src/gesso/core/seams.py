@@ -65,6 +65,11 @@ class Family(Protocol):
     def noise(self) -> Noise: ...
 
     @property
+    def part_names(self) -> Sequence[str]:
+        """The denoiser's name in adapter files, then the text encoders' names."""
+        ...
+
+    @property
     def latent_factor(self) -> int:
         """Pixels per latent cell along one side."""
         ...
@@ -91,6 +96,18 @@ class Family(Protocol):
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, t: Tensor, cond: Cond) -> Tensor: ...
 
+    def fingerprint(self, name: str) -> str:
+        """Hash of the weights of "denoiser", "vae" or "text": what a cached result depends on."""
+        ...
+
+    def pipeline(self, parts: Parts) -> Any:
+        """A diffusers pipeline over the loaded networks, with the model's own sampler."""
+        ...
+
+    def overlong(self, tokenizers: Sequence[Any], captions: Sequence[str]) -> list[str]:
+        """Captions that lose words to the tokenizers' length limit."""
+        ...
+
     def targets(self, preset: str) -> list[str]:
         """Module names that an adapter preset means in this family's denoiser."""
         ...
@@ -99,14 +116,14 @@ class Family(Protocol):
 class Adapter(Protocol):
     """What is trained: low-rank matrices, embeddings, or the whole model."""
 
-    def attach(self, parts: Parts, family: Family, *, seed: int) -> Attached: ...
+    def attach(self, parts: Parts, family: Family, *, seed: int, text_encoders: Sequence[int] = ()) -> Attached: ...
 
 
 class Attached(Protocol):
     """An adapter in place on loaded networks."""
 
     def parameters(self) -> Mapping[str, Mapping[str, nn.Parameter]]:
-        """Trainable parameters by part ("denoiser", "text_encoder", ...) and stable name."""
+        """Trainable parameters by part (see `Family.part_names`) and stable name."""
         ...
 
     def reference(self) -> AbstractContextManager[None]:

@@ -1,0 +1,118 @@
+"""What the settings of diffusers-style training tools mean here. Names are those of the diffusers scripts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from gesso.config.dialects.draft import Draft, Item, number
+
+
+@dataclass(frozen=True)
+class Direct:
+    """A setting that is one of ours under another name."""
+
+    native: str
+    kind: Literal["number", "text", "flag", "model", "folder"] = "number"
+
+
+DIRECT = {
+    "base_model": Direct("model.base", "model"),
+    "vae": Direct("model.vae", "model"),
+    "revision": Direct("model.revision", "text"),
+    "variant": Direct("model.variant", "text"),
+    "prediction_type": Direct("model.prediction", "text"),
+    "val_data_dir": Direct("data.validation.path", "folder"),
+    "resolution": Direct("data.resolution"),
+    "random_flip": Direct("data.flip", "flag"),
+    "dataloader_num_workers": Direct("data.workers"),
+    "proportion_empty_prompts": Direct("data.caption_dropout"),
+    "rank": Direct("adapter.rank"),
+    "lora_alpha": Direct("adapter.alpha"),
+    "lora_dropout": Direct("adapter.dropout"),
+    "train_text_encoder": Direct("adapter.train_text_encoders", "flag"),
+    "train_batch_size": Direct("training.batch_size"),
+    "gradient_accumulation_steps": Direct("training.accumulation"),
+    "learning_rate": Direct("training.learning_rate"),
+    "adam_beta1": Direct("training.optimizer.beta1"),
+    "adam_beta2": Direct("training.optimizer.beta2"),
+    "adam_epsilon": Direct("training.optimizer.eps"),
+    "adam_weight_decay": Direct("training.optimizer.weight_decay"),
+    "max_grad_norm": Direct("training.clip"),
+    "gradient_checkpointing": Direct("training.gradient_checkpointing", "flag"),
+    "use_ema": Direct("training.ema.enabled", "flag"),
+    "ema_decay": Direct("training.ema.decay"),
+    "snr_gamma": Direct("objective.min_snr_gamma"),
+    "noise_offset": Direct("objective.noise_offset"),
+    "input_perturbation": Direct("objective.input_perturbation"),
+    "seed": Direct("seed"),
+    "run_name": Direct("name", "text"),
+    "checkpointing_steps": Direct("checkpoint.every"),
+    "negative_prompt": Direct("preview.negative", "text"),
+    "guidance_scale": Direct("preview.guidance"),
+    "num_inference_steps": Direct("preview.inference_steps"),
+}
+
+IGNORED = {
+    "cache_latents": "latents are always cached",
+    "cache_text_embeddings": "text embeddings are always cached, unless the text encoders train",
+    "allow_tf32": "torch's own setting is left as it is",
+    "logging_dir": "logs go to logs/ in the run folder",
+    "logging_steps": "every step is logged",
+    "validation_epochs": "previews come every preview.every steps, or at every checkpoint",
+    "pin_memory": "the loader sees to it",
+    "set_grads_to_none": "always so",
+    "identity_loss_weight": "belongs to enable_identity_loss",
+    "face_model": "belongs to enable_identity_loss",
+    "prior_loss_weight": "belongs to prior preservation",
+    "class_data_dir": "belongs to prior preservation",
+    "class_prompt": "belongs to prior preservation",
+    "num_class_images": "belongs to prior preservation",
+}
+
+REFUSED = {
+    "with_prior_preservation": "prior preservation comes in a later version",
+    "enable_identity_loss": "the identity loss comes in a later version",
+    "enable_cpu_offload": "CPU offload comes in a later version",
+    "use_dora": "DoRA comes in a later version",
+    "scale_lr": "the learning rate is taken as written; multiply it yourself",
+    "max_train_samples": "training on part of a folder comes in a later version",
+    "dataset_config_name": "hub datasets come in a later version",
+}
+
+
+def apply(draft: Draft) -> None:
+    """Read every queued setting that stands for itself; those that hang together are read by `groups` before."""
+    for name in [name for name in draft.items if name in DIRECT]:
+        if item := draft.take(name):
+            _direct(draft, item, DIRECT[name])
+    for name in [name for name in draft.items if name in REFUSED]:
+        if item := draft.take(name):
+            _refused(draft, item, REFUSED[name])
+    for name in [name for name in draft.items if name in IGNORED]:
+        if item := draft.take(name):
+            draft.ignore(item, IGNORED[name])
+
+
+def _direct(draft: Draft, item: Item, rule: Direct) -> None:
+    value: Any = item.value
+    if rule.kind == "flag":
+        value = draft.flag(item)
+        if value is None:
+            return
+    elif rule.kind == "number":
+        value = number(value)
+    elif rule.kind == "folder" and isinstance(value, str):
+        value = draft.path(value)
+    elif rule.kind == "model" and isinstance(value, str):
+        here = draft.path(value)
+        value = here if value.startswith((".", "~", "/")) or Path(here).exists() else value
+    draft.set(rule.native, value, item)
+
+
+def _refused(draft: Draft, item: Item, why: str) -> None:
+    if item.value in (False, 0, "", "none", "no", "off"):
+        draft.ignore(item, f"off ({why})")
+    else:
+        draft.refuse(item, why, fix=f"take {item.key} out of the file")

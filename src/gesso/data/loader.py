@@ -1,0 +1,186 @@
+"""Plan and cache -> batches. Threads only prepare windows ahead of time; they decide nothing."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from typing import TYPE_CHECKING
+
+import torch
+
+from gesso.core.batch import Batch
+from gesso.core.random import Draws, SampleKey
+from gesso.errors import ResourceError
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from gesso.core.seams import Family
+    from gesso.data.buckets import Plan, Visit
+    from gesso.data.cache import LatentCache, TextCache
+
+
+class Loader:
+    """The training data as optimiser steps; a `core.seams.Stream`.
+
+    `text` is None where text encoders are live. `stop` is the first step that is never asked for, so that nothing
+    is prepared beyond the run. `patience` is how many seconds one window may take before its threads are given up.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        latents: LatentCache,
+        text: TextCache | None,
+        family: Family,
+        workers: int = 0,
+        stop: int | None = None,
+        patience: float = 120.0,
+    ) -> None:
+        self._plan, self._latents, self._text, self._family = plan, latents, text, family
+        self._ahead = _Ahead(self._prepare, workers, stop, patience) if workers else None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in one epoch."""
+        return self._plan.steps_per_epoch
+
+    def window_size(self, step: int) -> int:
+        """Samples in optimiser step `step`."""
+        return self._plan.window_size(step)
+
+    def window(self, step: int) -> Iterator[Batch]:
+        """The batches of optimiser step `step`, the same for any number of workers."""
+        return iter(self._ahead.take(step) if self._ahead is not None else self._prepare(step))
+
+    def validation_batches(self, timesteps: int) -> list[Batch]:
+        """The held-out pictures at `timesteps` fixed, evenly spread u; the same batches every time."""
+        return [
+            self._batch(
+                visits,
+                samples=tuple(SampleKey(f"validation:{v.row.id}", k) for v in visits),
+                epoch=0,
+                u=torch.full((len(visits),), (k + 0.5) / timesteps, dtype=torch.float64),
+                weights=torch.ones(len(visits)),
+            )
+            for visits in self._plan.microbatches(self._plan.validation)
+            for k in range(timesteps)
+        ]
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._ahead is not None:
+            self._ahead.close()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _prepare(self, step: int) -> list[Batch]:
+        return [
+            self._batch(
+                visits,
+                samples=tuple(v.key for v in visits),
+                epoch=visits[0].epoch,
+                u=None,
+                weights=torch.tensor([v.row.weight for v in visits], dtype=torch.float32),
+            )
+            for visits in self._plan.microbatches(self._plan.window(step))
+        ]
+
+    def _batch(
+        self,
+        visits: Sequence[Visit],
+        *,
+        samples: tuple[SampleKey, ...],
+        epoch: int,
+        u: torch.Tensor | None,
+        weights: torch.Tensor,
+    ) -> Batch:
+        draws = Draws(self._plan.seed, epoch, samples)
+        moments = torch.stack([self._latents.read(v) for v in visits])
+        shape = (moments.shape[1] // 2, *moments.shape[2:])
+        captions = tuple(v.caption for v in visits)
+        text = None
+        if self._text is not None:
+            entries = [self._text.read(caption) for caption in captions]
+            text = {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
+        return Batch(
+            latents=self._family.latents(moments, torch.from_numpy(draws.normal("vae posterior", shape))),
+            noise=torch.from_numpy(draws.normal("noise", shape)),
+            u=torch.from_numpy(draws.uniform("timestep")) if u is None else u,
+            weights=weights,
+            geometry=tuple(v.geometry for v in visits),
+            captions=captions,
+            text=text,
+            files=tuple(str(v.row.path) for v in visits),
+            draws=draws,
+        )
+
+
+class _Ahead:
+    """Threads that prepare the next windows while the current one is used."""
+
+    def __init__(self, prepare: Callable[[int], list[Batch]], workers: int, stop: int | None, patience: float) -> None:
+        self._prepare, self._depth, self._stop, self._patience = prepare, workers + 1, stop, patience
+        self._jobs: queue.SimpleQueue[tuple[int, Future[list[Batch]]] | None] = queue.SimpleQueue()
+        self._begun: dict[int, Future[list[Batch]]] = {}
+        # Daemons: a thread stuck in a dead network disk must not keep the process alive.
+        self._threads = [
+            threading.Thread(target=self._work, name=f"gesso-loader-{i}", daemon=True) for i in range(workers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def take(self, step: int) -> list[Batch]:
+        """The window of `step`, which is then forgotten; the next ones are begun."""
+        last = step + self._depth
+        for other in [s for s in self._begun if not step <= s <= last]:
+            self._begun.pop(other).cancel()
+        for coming in range(step, last + 1):
+            if coming not in self._begun and (coming == step or self._stop is None or coming < self._stop):
+                future: Future[list[Batch]] = Future()
+                self._begun[coming] = future
+                self._jobs.put((coming, future))
+        return self._result(step, self._begun.pop(step))
+
+    def close(self) -> None:
+        for future in self._begun.values():
+            future.cancel()
+        self._begun.clear()
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join(timeout=5)
+
+    def _result(self, step: int, future: Future[list[Batch]]) -> list[Batch]:
+        deadline = time.monotonic() + self._patience
+        while not wait([future], timeout=0.5).done:
+            dead = [thread.name for thread in self._threads if not thread.is_alive()]
+            if dead or time.monotonic() > deadline:
+                state = f"has died ({dead[0]})" if dead else f"gave nothing for {self._patience:.0f} seconds"
+                raise ResourceError(
+                    f"a thread that prepares data {state}",
+                    where=f"step {step}",
+                    fix="check the disk that holds data.cache; data.workers: 0 prepares data in the loop",
+                )
+        return future.result()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            step, future = job
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(self._prepare(step))
+            except BaseException as error:
+                # Whatever it was, the loop that waits for this window must see it.
+                future.set_exception(error)

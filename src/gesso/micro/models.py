@@ -1,0 +1,171 @@
+"""SDXL in miniature: the real classes and the real folder layout with very few channels."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from gesso.micro import words
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a micro SDXL is. The defaults keep SDXL's structure (blocks, layers, VAE factor 8) in under 2 MB."""
+
+    unet_channels: tuple[int, ...] = (8, 16, 16)
+    unet_layers: int = 2
+    unet_transformers: tuple[int, ...] = (1, 2, 2)
+    """Transformer layers of each block; the first block has no attention, as in SDXL."""
+    unet_heads: tuple[int, ...] = (1, 2, 2)
+    time_channels: int = 8
+    """Channels of each of the six size and crop numbers."""
+    vae_channels: tuple[int, ...] = (8, 8, 16, 16)
+    """One more block than halvings: four give a factor of 8."""
+    vae_layers: int = 1
+    vae_attention: bool = True
+    vae_scale: float = 0.13025
+    """Scaling factor that gives the latents unit deviation."""
+    text_widths: tuple[int, int] = (16, 24)
+    text_layers: tuple[int, int] = (2, 2)
+    text_heads: int = 2
+    norm_groups: int = 4
+    resolution: int = 64
+    """The default picture size in pixels."""
+
+
+SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "interpolation_type": "linear",
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+    "use_karras_sigmas": False,
+}
+"""SDXL 1.0's noise schedule."""
+
+
+@dataclass
+class Networks:
+    """The four networks of a micro SDXL."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    text_encoder_2: CLIPTextModelWithProjection
+
+
+def build_sdxl(folder: Path, *, seed: int = 0, size: Size | None = None) -> Path:
+    """Write a micro SDXL with random weights as a diffusers folder, and return the folder.
+
+    The same seed and size give the same bytes. torch's global generator is left as it was.
+    """
+    size = size or Size()
+    return save(folder, networks(size, seed=seed))
+
+
+def networks(size: Size, *, seed: int) -> Networks:
+    """Freshly initialised networks, in eval mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Networks(
+            unet=_unet(size).eval(),
+            vae=_vae(size).eval(),
+            text_encoder=CLIPTextModel(_text_config(size, 0, activation="quick_gelu")).eval(),
+            text_encoder_2=CLIPTextModelWithProjection(_text_config(size, 1, activation="gelu")).eval(),
+        )
+
+
+def save(folder: Path, parts: Networks) -> Path:
+    """Write networks, tokenizers and scheduler as the folder that `StableDiffusionXLPipeline.from_pretrained` reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts.unet.save_pretrained(folder / "unet")
+    parts.vae.save_pretrained(folder / "vae")
+    parts.text_encoder.save_pretrained(folder / "text_encoder")
+    parts.text_encoder_2.save_pretrained(folder / "text_encoder_2")
+    words.write(folder / "tokenizer", pad=words.END)
+    words.write(folder / "tokenizer_2", pad="!")
+    EulerDiscreteScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "StableDiffusionXLPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "force_zeros_for_empty_prompt": True,
+        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return folder
+
+
+def _unet(size: Size) -> UNet2DConditionModel:
+    blocks = len(size.unet_channels)
+    return UNet2DConditionModel(
+        sample_size=size.resolution // vae_factor(size),
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=size.unet_channels,
+        layers_per_block=size.unet_layers,
+        down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * (blocks - 1)),
+        up_block_types=(*["CrossAttnUpBlock2D"] * (blocks - 1), "UpBlock2D"),
+        transformer_layers_per_block=size.unet_transformers,
+        attention_head_dim=size.unet_heads,
+        cross_attention_dim=sum(size.text_widths),
+        use_linear_projection=True,
+        norm_num_groups=size.norm_groups,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=size.time_channels,
+        projection_class_embeddings_input_dim=size.text_widths[1] + 6 * size.time_channels,
+    )
+
+
+def _vae(size: Size) -> AutoencoderKL:
+    blocks = len(size.vae_channels)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        block_out_channels=size.vae_channels,
+        layers_per_block=size.vae_layers,
+        latent_channels=4,
+        norm_num_groups=size.norm_groups,
+        sample_size=size.resolution,
+        scaling_factor=size.vae_scale,
+        mid_block_add_attention=size.vae_attention,
+        force_upcast=False,
+    )
+
+
+def vae_factor(size: Size) -> int:
+    """Pixels per latent cell along one side."""
+    return 2 ** (len(size.vae_channels) - 1)
+
+
+def _text_config(size: Size, which: int, *, activation: str) -> Any:
+    vocabulary = words.vocabulary(words.COMMON)
+    width = size.text_widths[which]
+    return CLIPTextConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=size.text_layers[which],
+        num_attention_heads=size.text_heads,
+        max_position_embeddings=words.LENGTH,
+        hidden_act=activation,
+        bos_token_id=vocabulary[words.START],
+        eos_token_id=vocabulary[words.END],
+        pad_token_id=vocabulary[words.END] if which == 0 else vocabulary["!"],
+    )

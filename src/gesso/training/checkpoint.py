@@ -1,0 +1,212 @@
+"""Checkpoints that are whole or absent: written beside, hashed, synced, then renamed into place. No pickle anywhere.
+
+RUN/checkpoint-500/
+    pytorch_lora_weights.safetensors    what `pipe.load_lora_weights` reads; also the trained state itself
+    ema/pytorch_lora_weights.safetensors
+    state/optimizer.safetensors  state/position.json
+    manifest.json                       name, size and SHA-256 of every other file, written last
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from gesso.config.run import Checkpoint
+from gesso.core.folder import WEIGHTS, sync_folder
+from gesso.core.resolve import file_sha256
+from gesso.errors import ResourceError, UserError
+
+MANIFEST, OPTIMIZER, POSITION, AVERAGE = "manifest.json", "state/optimizer.safetensors", "state/position.json", "ema"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_SPARE = 1.2
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything that a run needs to go on from `step` finished optimiser steps."""
+
+    step: int
+    weights: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    optimizer: Mapping[str, Tensor]
+    average: Mapping[str, Tensor] | None
+    position: Mapping[str, Any]
+
+    def files(self) -> dict[str, bytes]:
+        """Content of each file by its name in the checkpoint folder."""
+        files = {
+            WEIGHTS: _pack(self.weights, self.metadata),
+            OPTIMIZER: _pack(self.optimizer),
+            POSITION: (json.dumps({"step": self.step, **self.position}, indent=2) + "\n").encode(),
+        }
+        if self.average is not None:
+            files[f"{AVERAGE}/{WEIGHTS}"] = _pack(self.average, self.metadata)
+        return files
+
+
+@dataclass
+class Store:
+    """The checkpoints of one run folder. `wait` seconds pass between the tries of a save that finds the disk full."""
+
+    folder: Path
+    policy: Checkpoint
+    warn: Callable[[str], None]
+    tries: int = 3
+    wait: float = 20.0
+    _last_size: int = field(default=0, init=False)
+
+    def save(self, snapshot: Snapshot) -> Path:
+        """Write a checkpoint durably, then drop the ones the policy does not keep.
+
+        Raises `ResourceError` when the disk stays full; what was saved before is then untouched.
+        """
+        target = self.folder / f"checkpoint-{snapshot.step}"
+        if target.exists() and not faults(target):
+            return target
+        files = snapshot.files()
+        for attempt in range(1, self.tries + 1):
+            try:
+                self._check_space(files)
+                self._write(target, files)
+                break
+            except OSError as error:
+                if error.errno not in {errno.ENOSPC, errno.EDQUOT} or attempt == self.tries:
+                    raise self._failed(target, error) from error
+                self.warn(f"{error.strerror} while saving {target.name}; trying again in {self.wait:.0f} s")
+                time.sleep(self.wait)
+        self._prune(newest=target)
+        return target
+
+    def newest(self) -> tuple[Path | None, dict[Path, list[str]]]:
+        """The newest checkpoint whose every byte is as written, and why newer ones were passed over."""
+        refused: dict[Path, list[str]] = {}
+        for path in reversed(self.all()):
+            problems = faults(path)
+            if not problems:
+                return path, refused
+            refused[path] = problems
+        return None, refused
+
+    def all(self) -> list[Path]:
+        """Checkpoint folders by step, oldest first, whole or not."""
+        found = [(int(m[1]), p) for p in self.folder.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name))]
+        return [path for _, path in sorted(found)]
+
+    def sweep(self) -> None:
+        """Remove what an earlier process left half written or half deleted."""
+        for path in [*self.folder.glob(".partial-*"), *self.folder.glob(".trash-*")]:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _check_space(self, files: Mapping[str, bytes]) -> None:
+        needed = int(_SPARE * sum(map(len, files.values())))
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"{free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB needed")
+
+    def _write(self, target: Path, files: Mapping[str, bytes]) -> None:
+        partial = self.folder / f".partial-{target.name}-{uuid.uuid4().hex[:8]}"
+        try:
+            manifest = {}
+            for name, content in files.items():
+                _write_synced(partial / name, content)
+                manifest[name] = {"size": len(content), "sha256": sha256(content).hexdigest()}
+            _write_synced(partial / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+            for folder in {(partial / name).parent for name in files}:
+                sync_folder(folder)
+            if target.exists():
+                target.rename(self.folder / f".trash-{target.name}-{uuid.uuid4().hex[:8]}")
+            partial.rename(target)
+            sync_folder(self.folder)
+        except OSError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def _failed(self, target: Path, error: OSError) -> ResourceError:
+        kept, _ = self.newest()
+        return ResourceError(
+            f"checkpoint could not be saved ({error.strerror})",
+            where=str(target),
+            fix=f"free space there, then go on with --resume latest; {kept.name if kept else 'nothing'} is kept",
+        )
+
+    def _prune(self, *, newest: Path) -> None:
+        """Drop old checkpoints; `newest` was just verified by writing it, so at least one good one remains."""
+        steps = {path: int(path.name.rpartition("-")[2]) for path in self.all()}
+        older = [path for path in steps if path != newest and steps[path] < steps[newest]]
+        every = self.policy.keep_every
+        spare = older[: max(len(older) - (self.policy.keep_last - 1), 0)]
+        for path in spare:
+            if every and steps[path] % every == 0:
+                continue
+            trash = self.folder / f".trash-{path.name}-{uuid.uuid4().hex[:8]}"
+            path.rename(trash)
+            shutil.rmtree(trash, ignore_errors=True)
+
+
+def faults(path: Path) -> list[str]:
+    """What is wrong with a checkpoint folder: missing, resized or altered files. Empty if it is as written."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        listed = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{MANIFEST} is unreadable ({type(error).__name__})"]
+    problems = [f"{name} is not listed" for name in (WEIGHTS, OPTIMIZER, POSITION) if name not in listed]
+    for name, (size, digest) in listed.items():
+        file = path / name
+        if not file.is_file():
+            problems.append(f"{name} is missing")
+        elif file.stat().st_size != size:
+            problems.append(f"{name} has {file.stat().st_size} bytes instead of {size}")
+        elif file_sha256(file) != digest:
+            problems.append(f"{name} was altered after it was written")
+    return problems
+
+
+def load(path: Path) -> Snapshot:
+    """Read a checkpoint back; raises `UserError` listing what is wrong with a damaged one."""
+    if problems := faults(path):
+        raise UserError(
+            f"this checkpoint is damaged: {'; '.join(problems)}",
+            where=str(path),
+            fix="use --resume latest, which takes the newest whole one",
+        )
+    position = json.loads((path / POSITION).read_text())
+    with safetensors.safe_open(path / WEIGHTS, framework="pt") as handle:
+        metadata = dict(handle.metadata() or {})
+    average = path / AVERAGE / WEIGHTS
+    return Snapshot(
+        step=int(position.pop("step")),
+        weights=safetensors.torch.load_file(path / WEIGHTS),
+        metadata=metadata,
+        optimizer=safetensors.torch.load_file(path / OPTIMIZER),
+        average=safetensors.torch.load_file(average) if average.exists() else None,
+        position=position,
+    )
+
+
+def _pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    return safetensors.torch.save(whole, dict(metadata) if metadata else None)
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as handle:
+        handle.write(content)
+        handle.flush()
+        os.fsync(handle.fileno())

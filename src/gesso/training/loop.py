@@ -1,0 +1,179 @@
+"""The training loop. It knows no model, objective or adapter by name.
+
+Every step is a function of the weights, the optimiser's tensors and the step number alone: data, noise, timesteps
+and the learning rate are looked up by step, never drawn from a state. That is why a resumed run equals an
+uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from gesso.config.run import RunConfig
+from gesso.core.batch import Batch
+from gesso.core.events import StepDone, Warned
+from gesso.core.runtime import Runtime
+from gesso.core.seams import Emit, Objective, Stream
+from gesso.errors import NumericError
+from gesso.training import optim
+from gesso.training.ema import Average
+from gesso.training.optim import FlatGroup
+from gesso.training.policy import LivePolicy
+
+_MAX_OVERFLOWS = 20
+
+
+@dataclass
+class Learner:
+    """What changes while training: the weights (through `groups`), the optimiser's tensors, the average, the scale."""
+
+    groups: Sequence[FlatGroup]
+    optimizer: torch.optim.Optimizer
+    average: Average | None
+    scaler: torch.amp.GradScaler
+    step: int = 0
+    """Finished optimiser steps."""
+
+
+@dataclass(frozen=True)
+class Action:
+    """Something to do between steps: validate, save, preview."""
+
+    every: int
+    run: Callable[[int], None]
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether it is time after `step` of `last` steps; always after the last one."""
+        return step == last or step % self.every == 0
+
+
+@dataclass(frozen=True)
+class _Gradient:
+    """One optimiser step's gradient, in the groups, and what was seen on the way."""
+
+    loss: float
+    norm: float
+    samples: int
+    files: tuple[str, ...]
+    data_seconds: float
+
+
+def fit(
+    run: RunConfig,
+    *,
+    policy: LivePolicy,
+    learner: Learner,
+    stream: Stream,
+    runtime: Runtime,
+    actions: Sequence[Action],
+    emit: Emit,
+    stopping: Callable[[], bool],
+) -> None:
+    """Train from `learner.step` to the end of the run, or until `stopping()` says so between two steps.
+
+    Raises `NumericError` before an update whose loss or gradient is not finite.
+    """
+    total = run.training.total_steps(stream.steps_per_epoch)
+    policy.train()
+    while learner.step < total and not stopping():
+        started, step = time.monotonic(), learner.step
+        gradient = _finite_gradient(run, step, policy, learner, stream, runtime, emit)
+        if run.training.clip is not None:
+            optim.clip(learner.groups, gradient.norm, run.training.clip)
+        factor = run.training.schedule.factor(step, total)
+        optim.set_rates(learner.optimizer, learner.groups, factor)
+        learner.scaler.step(learner.optimizer)
+        learner.scaler.update()
+        learner.step += 1
+        if learner.average is not None:
+            learner.average.update(learner.step)
+        emit(
+            StepDone(
+                step=learner.step,
+                loss=gradient.loss,
+                learning_rate=learner.groups[0].learning_rate * factor,
+                gradient_norm=gradient.norm,
+                samples=gradient.samples,
+                seconds=time.monotonic() - started,
+                data_seconds=gradient.data_seconds,
+                memory=runtime.peak_memory(),
+                epoch=learner.step / stream.steps_per_epoch,
+            )
+        )
+        for action in actions:
+            if action.due(learner.step, total):
+                action.run(learner.step)
+
+
+def _finite_gradient(
+    run: RunConfig,
+    step: int,
+    policy: LivePolicy,
+    learner: Learner,
+    stream: Stream,
+    runtime: Runtime,
+    emit: Emit,
+) -> _Gradient:
+    """The step's gradient, unscaled. In fp16 an overflow lowers the scale and repeats the same step, draws included."""
+    for _ in range(_MAX_OVERFLOWS):
+        gradient = _accumulate(run.objective, run.seed, step, policy, learner, stream, runtime)
+        finite_loss = math.isfinite(gradient.loss)
+        if finite_loss and math.isfinite(gradient.norm):
+            return gradient
+        if not (finite_loss and learner.scaler.is_enabled()):
+            break
+        learner.scaler.update()
+        emit(Warned(step, f"fp16 overflow at step {step + 1}: scale lowered to {learner.scaler.get_scale():g}"))
+    kind = "loss" if not finite_loss else "gradient"
+    raise NumericError(
+        f"the {kind} of step {step + 1} is not finite (loss {gradient.loss}, gradient norm {gradient.norm}); "
+        f"images of the step: {', '.join(gradient.files)}",
+        where=run.name,
+        fix="look at these images and captions; lower training.learning_rate, or use bf16 or fp32. "
+        "The weights were not changed by this step: --resume latest goes on from the last checkpoint",
+    )
+
+
+def _accumulate(
+    objective: Objective,
+    seed: int,
+    step: int,
+    policy: LivePolicy,
+    learner: Learner,
+    stream: Stream,
+    runtime: Runtime,
+) -> _Gradient:
+    """Mean gradient over the samples of a step, however they are split into batches."""
+    for group in learner.groups:
+        group.gradient.zero_()
+    samples = stream.window_size(step)
+    total = torch.zeros((), device=runtime.device)
+    files: list[str] = []
+    data_seconds = 0.0
+    for micro, (batch, waited) in enumerate(_timed(stream.window(step))):
+        data_seconds += waited
+        files += batch.files
+        runtime.seed_model(seed, step, micro)
+        loss = objective.loss(policy, batch.to(runtime.device)).sum() / samples
+        learner.scaler.scale(loss).backward()
+        total += loss.detach()
+    learner.scaler.unscale_(learner.optimizer)
+    norm = optim.gradient_norm(learner.groups)
+    # One transfer for both numbers: each costs a wait for the device.
+    loss_value, norm_value = torch.stack([total, norm.to(total)]).tolist()
+    return _Gradient(loss_value, norm_value, samples, tuple(files), data_seconds)
+
+
+def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
+    """Each batch with the seconds spent waiting for it."""
+    while True:
+        started = time.monotonic()
+        batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch, time.monotonic() - started
