@@ -161,8 +161,9 @@ def compare(plan: Plan) -> list[dict[str, Any]]:
             for trainer in turn:
                 repeats[trainer].append(measure(plan, cell, trainer, steps=plan.task.steps))
         found = summary(repeats)
-        results.append({"batch_size": cell.batch_size, "precision": cell.precision, **found, "repeats": repeats})
-        print(table(str(cell), found), flush=True)
+        trained = {trainer: rows[0]["trained_parameters"] for trainer, rows in repeats.items()}
+        results.append({**vars(cell), "trained_parameters": trained, **found, "repeats": repeats})
+        print(table(str(cell), results[-1]), flush=True)
     return results
 
 
@@ -176,6 +177,8 @@ def table(title: str, found: dict[str, Any]) -> str:
         if rows:
             cells = "".join(f"{form.format(value * unit):>12}" for value in rows)
             lines.append(f"{label:<36}{cells}" + "".join(f"{ratio[name]:>8.2f}" for ratio in ratios.values()))
+    for trainer, sizes in found["trained_parameters"].items():
+        lines.append(f"{trainer} trained " + ", ".join(f"{count} {dtype} parameters" for dtype, count in sizes.items()))
     return "\n".join(lines)
 
 

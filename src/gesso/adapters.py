@@ -132,7 +132,7 @@ class AttachedLoRA:
                 parameter.copy_(state[name])
 
     def _named(self, name: str, network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        # transformers 5.6 dropped `text_model` from the first encoder's module paths; files keep the older, common name.
+        # transformers 5.6 dropped `text_model` from the first encoder's paths; files keep the older, common name.
         prefix = f"{name}." if name == "unet" or _has_text_model(network) else f"{name}.text_model."
         for path, layer in _lora_layers(network):
             a, b = _matrices(layer)
@@ -142,7 +142,7 @@ class AttachedLoRA:
 
 @cache
 def _fused_linear() -> type:
-    """peft's LoRA layer with the plain case (one active adapter, no dropout, nothing merged) computed in one function."""
+    """peft's LoRA layer, its plain case (one active adapter, no dropout, nothing merged) in one autograd function."""
     from peft.tuners.lora import Linear
     from torch import nn
 

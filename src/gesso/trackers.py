@@ -260,7 +260,9 @@ def _append(curves: Curves, group: str, *, step: int, loss: float, learning_rate
 
 def _flat(curves: Curves) -> dict[str, list[float]]:
     """Training columns under their own names (`metrics["loss"][-1]`), validation columns with a prefix."""
-    return curves.get("train", {}) | {f"validation_{name}": values for name, values in curves.get("validation", {}).items()}
+    return curves.get("train", {}) | {
+        f"validation_{name}": values for name, values in curves.get("validation", {}).items()
+    }
 
 
 def _curves(folder: RunFolder, *, before: int) -> Curves:

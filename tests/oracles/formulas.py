@@ -152,7 +152,9 @@ def scale_latents(raw: np.ndarray, *, factor: float, shift: float = 0.0) -> np.n
     return (raw.astype(np.float64) - shift) * factor
 
 
-def lora_merge(weight: np.ndarray, down: np.ndarray, up: np.ndarray, *, alpha: float, rslora: bool = False) -> np.ndarray:
+def lora_merge(
+    weight: np.ndarray, down: np.ndarray, up: np.ndarray, *, alpha: float, rslora: bool = False
+) -> np.ndarray:
     """Hu et al. 2021: W + (alpha / r) B A with A = down [r, in], B = up [out, r]; rsLoRA divides by sqrt r."""
     rank = down.shape[0]
     scale = alpha / math.sqrt(rank) if rslora else alpha / rank
@@ -232,3 +234,21 @@ def philox_uniform(key: int, count: int) -> list[float]:
         words += c
         counter += 1
     return [(word >> 11) * 2.0**-53 for word in words[:count]]
+
+
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019) on one vector."""
+
+    def __init__(self, weights: np.ndarray, *, beta1: float, beta2: float, eps: float, decay: float) -> None:
+        self.weights = weights.astype(np.float64)
+        self._beta1, self._beta2, self._eps, self._decay = beta1, beta2, eps, decay
+        self._mean, self._square, self._steps = np.zeros_like(self.weights), np.zeros_like(self.weights), 0
+
+    def step(self, gradient: np.ndarray, rate: float) -> None:
+        """One update at learning rate `rate`."""
+        self._steps += 1
+        self._mean = self._beta1 * self._mean + (1 - self._beta1) * gradient
+        self._square = self._beta2 * self._square + (1 - self._beta2) * gradient**2
+        mean = self._mean / (1 - self._beta1**self._steps)
+        square = self._square / (1 - self._beta2**self._steps)
+        self.weights = self.weights * (1 - rate * self._decay) - rate * mean / (np.sqrt(square) + self._eps)

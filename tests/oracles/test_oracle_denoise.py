@@ -236,7 +236,12 @@ def test_gradient_does_not_depend_on_the_batch_split(dtype: torch.dtype, toleran
 
     whole = gradient([list(range(12))])
     assert np.linalg.norm(whole) > 1e-3
-    splits = [[[i] for i in range(12)], [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]], [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11]], [[7], [3, 0, 11, 5], [1, 2, 4, 6, 8, 9, 10]]]
+    splits = [
+        [[i] for i in range(12)],
+        [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]],
+        [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11]],
+        [[7], [3, 0, 11, 5], [1, 2, 4, 6, 8, 9, 10]],
+    ]
     for split in splits:
         assert formulas.relative_l2(gradient(split), whole) <= tolerance
 

@@ -32,7 +32,10 @@ def test_add_noise_and_velocity(prediction: str, zero_snr: bool) -> None:
     theirs, ours = scheduler(prediction, zero_snr=zero_snr), ddpm(prediction, zero_snr=zero_snr)
     latents, noise = torch.from_numpy(normal(1, 1000, 4, 4, 4)), torch.from_numpy(normal(2, 1000, 4, 4, 4))
     wanted = noise if prediction == "epsilon" else theirs.get_velocity(latents, noise, T)
-    pairs = [(ours.corrupt(latents, noise, T), theirs.add_noise(latents, noise, T)), (ours.target(latents, noise, T), wanted)]
+    pairs = [
+        (ours.corrupt(latents, noise, T), theirs.add_noise(latents, noise, T)),
+        (ours.target(latents, noise, T), wanted),
+    ]
     for mine, other in pairs:
         errors = (mine - other).flatten(1).norm(dim=1) / other.flatten(1).norm(dim=1)
         # 1 - abar in float32 near t = 0, and the rescaled float32 table near t = 999, keep fewer digits.
@@ -66,7 +69,9 @@ def test_ema_decay(decay: float) -> None:
     """diffusers counts the update before it asks for the decay, so its counter is ours: 1 at the first."""
     theirs = EMAModel(nn.Linear(1, 1).parameters(), decay=decay)
     ours = EMA(decay=decay)
-    assert [theirs.get_decay(n) for n in range(1, 400)] == pytest.approx([ours.decay_at(n) for n in range(1, 400)], rel=1e-12)
+    assert [theirs.get_decay(n) for n in range(1, 400)] == pytest.approx(
+        [ours.decay_at(n) for n in range(1, 400)], rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -74,7 +79,9 @@ def test_one_step_of_ddim_from_the_true_answer_returns_the_picture(prediction: s
     """If the network answered our target exactly, the sampler would land on x0: training and sampling speak alike."""
     from diffusers import DDIMScheduler
 
-    sampler = DDIMScheduler(**SDXL_SCHEDULER | {"prediction_type": prediction, "clip_sample": False, "set_alpha_to_one": False})
+    sampler = DDIMScheduler(
+        **SDXL_SCHEDULER | {"prediction_type": prediction, "clip_sample": False, "set_alpha_to_one": False}
+    )
     sampler.set_timesteps(1000)
     ours = DDPM.from_config(SDXL_SCHEDULER, prediction=prediction)
     latents, noise = torch.from_numpy(normal(3, 1, 4, 4, 4)), torch.from_numpy(normal(4, 1, 4, 4, 4))

@@ -39,7 +39,12 @@ def test_other_processes_draw_the_same() -> None:
     for seed in ("1", "2"):
         environment = os.environ | {"PYTHONHASHSEED": seed}
         done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, seed], env=environment, capture_output=True, text=True, check=True, timeout=120
+            [sys.executable, "-c", SCRIPT, seed],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
         )
         assert done.stdout.strip() == found.hexdigest()
 
@@ -77,13 +82,26 @@ def test_no_draw_repeats_over_seed_epoch_image_repeat_and_domain() -> None:
 
 def test_100_000_keys_are_distinct() -> None:
     """In all 128 bits, and in every 64-bit half: no part of the key is left out of the hash."""
-    keys = [key(seed, "noise", epoch, f"{i:x}", repeat) for seed in (0, 1) for epoch in range(50) for i in range(500) for repeat in (0, 1)]
+    keys = [
+        key(seed, "noise", epoch, f"{i:x}", repeat)
+        for seed in (0, 1)
+        for epoch in range(50)
+        for i in range(500)
+        for repeat in (0, 1)
+    ]
     assert len(keys) == 100_000
     assert len(set(keys)) == len({k & (2**64 - 1) for k in keys}) == len({k >> 64 for k in keys}) == len(keys)
 
 
 def test_neighbouring_fields_do_not_run_together() -> None:
-    keys = [key(1, "a", 1, "1"), key(11, "a", 1), key(1, "a1", 1), key(1, "a", 11), key(1, "a", 1, 1, ""), key(1, "a", "", 1, 1)]
+    keys = [
+        key(1, "a", 1, "1"),
+        key(11, "a", 1),
+        key(1, "a1", 1),
+        key(1, "a", 11),
+        key(1, "a", 1, 1, ""),
+        key(1, "a", "", 1, 1),
+    ]
     assert len(set(keys)) == len(keys)
 
 

@@ -24,17 +24,24 @@ def test_table_of_sdxl() -> None:
     assert formulas.relative(table.numpy(), ABAR) < 1e-12
 
 
-@pytest.mark.parametrize(("name", "first", "last", "steps"), [("linear", 1e-4, 0.02, 1000), ("scaled_linear", 1e-3, 0.03, 50)])
+@pytest.mark.parametrize(
+    ("name", "first", "last", "steps"), [("linear", 1e-4, 0.02, 1000), ("scaled_linear", 1e-3, 0.03, 50)]
+)
 def test_table_of_other_schedules(name: str, first: float, last: float, steps: int) -> None:
     config = {"beta_schedule": name, "beta_start": first, "beta_end": last, "num_train_timesteps": steps}
     noise = DDPM.from_config(config)
     assert noise.steps == steps
-    assert formulas.relative(noise.alphas_cumprod.numpy(), formulas.alpha_bar(formulas.betas(name, first, last, steps))) < 1e-12
+    assert (
+        formulas.relative(noise.alphas_cumprod.numpy(), formulas.alpha_bar(formulas.betas(name, first, last, steps)))
+        < 1e-12
+    )
 
 
 def test_table_of_given_betas() -> None:
     given = [0.001, 0.02, 0.3, 0.4]
-    table = DDPM.from_config({"trained_betas": given, "beta_schedule": "linear", "num_train_timesteps": 4}).alphas_cumprod
+    table = DDPM.from_config(
+        {"trained_betas": given, "beta_schedule": "linear", "num_train_timesteps": 4}
+    ).alphas_cumprod
     assert formulas.relative(table.numpy(), formulas.alpha_bar(np.array(given))) < 1e-12
 
 
@@ -138,7 +145,9 @@ def test_weighted_loss_does_not_depend_on_the_parameterisation(gamma: float) -> 
     x_t = formulas.corrupt(ABAR, latents, draws, t)
     losses = {}
     for prediction in PREDICTIONS:
-        answer = torch.from_numpy(formulas.prediction_from_x0(ABAR, guess.astype(np.float64), x_t, t, prediction)).float()
+        answer = torch.from_numpy(
+            formulas.prediction_from_x0(ABAR, guess.astype(np.float64), x_t, t, prediction)
+        ).float()
         policy = FunctionPolicy(ddpm(prediction), lambda noisy, t, answer=answer: answer)
         losses[prediction] = Denoise(min_snr_gamma=gamma).loss(policy, batch).double().numpy()
         assert torch.equal(policy.t, T)

@@ -51,7 +51,8 @@ def test_every_step(row: tuple[str, float, int, float, int, float, int]) -> None
     kind, written, warmup, floor, cycles, power, total = row
     assert Schedule(type=kind, warmup=written).warmup_steps(total) == warmup
     wanted = [
-        formulas.learning_rate(kind, k, total, warmup=warmup, floor=floor, cycles=cycles, power=power) for k in range(total)
+        formulas.learning_rate(kind, k, total, warmup=warmup, floor=floor, cycles=cycles, power=power)
+        for k in range(total)
     ]
     assert np.abs(factors(row) - wanted).max() < 1e-12
 
@@ -115,7 +116,9 @@ def test_senseless_values_are_refused(bad: dict[str, float]) -> None:
 # --------------------------------------------------------------------------- EMA
 
 
-@pytest.mark.parametrize(("decay", "warmup"), [(0.9999, True), (0.999, True), (0.5, True), (0.0, True), (0.9999, False), (0.9, False)])
+@pytest.mark.parametrize(
+    ("decay", "warmup"), [(0.9999, True), (0.999, True), (0.5, True), (0.0, True), (0.9999, False), (0.9, False)]
+)
 def test_ema_decay_at_every_update(decay: float, warmup: bool) -> None:
     wanted = formulas.ema_decays(12_000, decay, power=None) if warmup else [0.0] + [decay] * 11_999
     spec = EMA(decay=decay, warmup=warmup)

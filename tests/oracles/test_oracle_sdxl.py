@@ -44,7 +44,7 @@ def parts(family: SDXL) -> Parts:
 
 
 def pipeline(model: Path, dtype: torch.dtype = torch.float32) -> StableDiffusionXLPipeline:
-    return StableDiffusionXLPipeline.from_pretrained(model, torch_dtype=dtype, add_watermarker=False)
+    return StableDiffusionXLPipeline.from_pretrained(model, add_watermarker=False).to(dtype)
 
 
 def same_text(found: dict[str, Tensor], hidden: Tensor, pooled: Tensor) -> None:
@@ -96,13 +96,15 @@ def test_text_is_penultimate_without_norm_and_pooled_at_the_end_mark(family: SDX
 
 
 def test_chunks_are_each_encoded_as_a_prompt_of_their_own(model: Path, parts: Parts) -> None:
-    words = "a red circle blue star on the green sea".split()
+    words = ["a", "red", "circle", "blue", "star", "on", "the", "green", "sea"]
     text = [words[i % len(words)] for i in range(100)]  # one token each: chunks of 75 and 25
     chunked = SDXL(base=str(model), long_prompts="chunk", max_chunks=3)
     theirs = pipeline(model)
     with torch.no_grad():
         found = {v.ndim: v for v in chunked.encode_text(parts, [" ".join(text)]).values()}
-        pieces = [theirs.encode_prompt(" ".join(p), do_classifier_free_guidance=False) for p in (text[:75], text[75:], [])]
+        pieces = [
+            theirs.encode_prompt(" ".join(p), do_classifier_free_guidance=False) for p in (text[:75], text[75:], [])
+        ]
     assert found[3].shape[1] == 3 * 77
     assert (found[3] - torch.cat([piece[0] for piece in pieces], dim=1)).abs().max() < 1e-6
     assert (found[2] - pieces[0][2]).abs().max() < 1e-6
@@ -157,7 +159,9 @@ def test_posterior_sample_is_that_of_diffusers(family: SDXL, parts: Parts) -> No
 
 
 @pytest.mark.parametrize(("shift", "scale"), [(None, 0.18215), (0.0609, 1.5305), (-0.2, 0.3611)])
-def test_shift_and_scale_are_read_from_the_model(model: Path, tmp_path: Path, shift: float | None, scale: float) -> None:
+def test_shift_and_scale_are_read_from_the_model(
+    model: Path, tmp_path: Path, shift: float | None, scale: float
+) -> None:
     folder = shutil.copytree(model, tmp_path / "model")
     file = folder / "vae" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"shift_factor": shift, "scaling_factor": scale}))

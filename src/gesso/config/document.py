@@ -119,7 +119,9 @@ class _Reader:
             return items
         if not str(node.tag).startswith("tag:yaml.org,2002:"):
             where = f"{self.file}:{node.start_mark.line + 1}"
-            raise UserError(f"{node.tag} is a YAML tag, which run files do not use", where=where, fix="put it in quotes")
+            raise UserError(
+                f"{node.tag} is a YAML tag, which run files do not use", where=where, fix="put it in quotes"
+            )
         return node.value if node.style or str(node.tag) == _STRING_TAG else plain(node.value)
 
     def _mapping(self, node: Any, path: KeyPath) -> dict[str, Any]:
@@ -170,7 +172,9 @@ def _syntax(text: str, number: int, problem: str, file: str) -> UserError:
             return UserError("a tab is used to indent", where=f"{file}:{candidate}", fix="indent with spaces")
     shown = lines[number - 1].strip() if 0 < number <= len(lines) else ""
     fix = "check the indentation and put text that holds : # [ ] { } in quotes"
-    return UserError(f"not valid YAML: {problem}" + (f" at `{shown}`" if shown else ""), where=f"{file}:{number}", fix=fix)
+    return UserError(
+        f"not valid YAML: {problem}" + (f" at `{shown}`" if shown else ""), where=f"{file}:{number}", fix=fix
+    )
 
 
 def _neighbours(path: Path) -> str:
@@ -231,7 +235,9 @@ def _text(text: str) -> str:
     if _PLAIN.fullmatch(text) and text == text.strip() and plain(text) == text:
         return text
     body = json.dumps(text, ensure_ascii=False)
-    return re.sub(r"[^\x20-\x7e\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]|[\u2028\u2029]", _escape, body)
+    return re.sub(
+        r"[^\x20-\x7e\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]|[\u2028\u2029]", _escape, body
+    )
 
 
 def _escape(match: re.Match[str]) -> str:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import to_json
 
-from gesso.config import dialects, document, presets, problems, schema
+from gesso.config import dialects, document, presets, problems
 from gesso.config.dialects import DialectReport
 from gesso.config.document import Document, KeyPath, dotted
+from gesso.config.layers import SET, Layers
+from gesso.config.new import write_new
 from gesso.config.problems import Place
 from gesso.config.run import RunConfig
 from gesso.errors import Problems, UserError
 
-_SET = "--set"
+__all__ = ["Loaded", "dump", "load", "load_text", "write_new"]
 
 
 @dataclass(frozen=True)
@@ -49,89 +51,8 @@ def dump(run: RunConfig) -> str:
     return document.emit({**run.model_dump(mode="json"), "output": str(run.folder.expanduser().absolute())})
 
 
-@dataclass
-class _Layers:
-    """Values laid over one another: nested sections are merged, anything else is replaced."""
-
-    file: str
-    data: dict[str, Any] = field(default_factory=dict)
-    places: dict[KeyPath, Place] = field(default_factory=dict)
-
-    def lay(self, data: Mapping[str, Any], place: Callable[[KeyPath], Place]) -> None:
-        """Put `data` on top; `place` tells where each of its keys came from."""
-        self._merge(self.data, data, (), place)
-
-    def locate(self, path: KeyPath) -> Place:
-        """Where a key came from; for one that nobody wrote, where its section stands."""
-        if path in self.places:
-            return self.places[path]
-        for length in range(len(path) - 1, 0, -1):
-            if path[:length] in self.places:
-                place = self.places[path[:length]]
-                key = f"{place.key}.{dotted(path[length:])}" if place.key is not None else None
-                return Place(place.where, key)
-        return Place(self.file)
-
-    def origin(self, path: KeyPath) -> str | None:
-        """Where a value came from, or None if it is a default."""
-        value: Any = self.data
-        for part in path:
-            if not isinstance(value, dict | list):
-                break
-            inside = part in value if isinstance(value, dict) else isinstance(part, int) and part < len(value)
-            if not inside:
-                return None
-            value = value[part]
-        where = self.locate(path).where
-        return _SET if where.startswith(_SET) else where
-
-    def put(self, path: KeyPath, value: Any, place: Place) -> None:
-        """Set one value, making sections and list items on the way."""
-        holder: Any = self.data
-        for depth, part in enumerate(path):
-            if not isinstance(holder, dict | list):
-                raise UserError(f"{dotted(path[:depth])} is a value and has no {part}", where=place.where)
-            if isinstance(holder, list):
-                part = _position(holder, path[: depth + 1], place)
-            if depth == len(path) - 1:
-                self._forget(path)
-                if isinstance(holder, list) and part == len(holder):
-                    holder.append(value)
-                else:
-                    holder[part] = value
-                self.places[path] = place
-                return
-            empty: Any = [] if isinstance(path[depth + 1], int) else {}
-            if isinstance(holder, list) and part == len(holder):
-                holder.append(empty)
-            elif isinstance(holder, dict) and holder.get(part) is None:
-                holder[part] = empty
-            holder = holder[part]
-
-    def _merge(self, into: dict[str, Any], data: Mapping[str, Any], at: KeyPath, place: Callable[[KeyPath], Place]) -> None:
-        for key, value in data.items():
-            path = (*at, key)
-            if isinstance(value, Mapping) and isinstance(into.get(key), dict):
-                self._merge(into[key], value, path, place)
-                self.places[path] = place(path)
-                continue
-            self._forget(path)
-            into[key] = copy.deepcopy(value)
-            self._note(value, path, place)
-
-    def _note(self, value: Any, path: KeyPath, place: Callable[[KeyPath], Place]) -> None:
-        self.places[path] = place(path)
-        inner = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
-        for key, item in inner:
-            self._note(item, (*path, key), place)
-
-    def _forget(self, path: KeyPath) -> None:
-        for old in [old for old in self.places if old[: len(path)] == path]:
-            del self.places[old]
-
-
 def _load(doc: Document, *, folder: Path, sets: Sequence[str]) -> Loaded:
-    layers, report, found = _Layers(doc.file), None, list[UserError]()
+    layers, report, found = Layers(doc.file), None, list[UserError]()
     overrides = [_parse_set(text) for text in sets]
     tool = dialects.detect(doc.data)
     if tool is not None:
@@ -141,6 +62,7 @@ def _load(doc: Document, *, folder: Path, sets: Sequence[str]) -> Loaded:
         found += converted.problems
     else:
         _lay_preset(layers, doc, overrides)
+        _choose_length(layers, doc.data.get("training"))
         layers.lay({k: v for k, v in doc.data.items() if k != "preset"}, lambda path: _in_file(doc, path))
     for path, value, place in overrides:
         if path != ("preset",):
@@ -150,14 +72,21 @@ def _load(doc: Document, *, folder: Path, sets: Sequence[str]) -> Loaded:
     return Loaded(run, _origins(run, layers), report)
 
 
-def _lay_preset(layers: _Layers, doc: Document, overrides: Sequence[tuple[KeyPath, Any, Place]]) -> None:
+def _lay_preset(layers: Layers, doc: Document, overrides: Sequence[tuple[KeyPath, Any, Place]]) -> None:
     name, where = doc.data.get("preset"), f"{doc.file}:{doc.lines.get(('preset',), 1)}"
     for path, value, place in overrides:
         if path == ("preset",):
             name, where = value, place.where
     if name is not None:
         preset = presets.get(str(name), where=where)
-        layers.lay(preset.data, lambda path: Place(preset.file))
+        layers.lay(preset.data, lambda _: Place(preset.file))
+
+
+def _choose_length(layers: Layers, training: Any) -> None:
+    """A file that says how long to train replaces the preset's length, in whichever unit."""
+    if isinstance(training, dict) and {"steps", "epochs"} & set(training):
+        for name in ("steps", "epochs"):
+            layers.data.get("training", {}).pop(name, None)
 
 
 def _in_file(doc: Document, path: KeyPath) -> Place:
@@ -170,22 +99,13 @@ def _parse_set(text: str) -> tuple[KeyPath, Any, Place]:
     key, equals, value = text.partition("=")
     if not equals or not all(key.strip().split(".")):
         fix = "write --set training.learning_rate=1e-4"
-        raise UserError(f"'{text}' is not of the form key=value", where=_SET, fix=fix)
+        raise UserError(f"'{text}' is not of the form key=value", where=SET, fix=fix)
     path = tuple(int(part) if part.isdigit() else part for part in key.strip().split("."))
-    where = f"{_SET} {text}"
+    where = f"{SET} {text}"
     return path, document.value(value, where=where), Place(where)
 
 
-def _position(holder: list[Any], path: KeyPath, place: Place) -> int:
-    part = path[-1]
-    if isinstance(part, int) and part <= len(holder):
-        return part
-    count = len(holder)
-    have = f"{dotted(path[:-1])} is a list of {count}"
-    raise UserError(f"{have} and has no {part}", where=place.where, fix=f"give a position from 0 to {count}")
-
-
-def _absolute_paths(layers: _Layers, folder: Path) -> None:
+def _absolute_paths(layers: Layers, folder: Path) -> None:
     data = layers.data.get("data")
     data = data if isinstance(data, dict) else {}
     sources = data.get("sources")
@@ -194,32 +114,31 @@ def _absolute_paths(layers: _Layers, folder: Path) -> None:
     _make_absolute(layers, data.get("validation"), ("data", "validation", "path"), folder)
     _make_absolute(layers, data, ("data", "cache"), folder)
     model = layers.data.get("model")
-    for name in ("base", "vae"):
-        value = model.get(name) if isinstance(model, dict) else None
+    model = model if isinstance(model, dict) else {}
+    for name in ("base", "vae", "config"):
+        value = model.get(name)
         if isinstance(value, str) and value:
             root = _root(layers, ("model", name), folder)
             if value.startswith(("./", "../", "~", ".\\", "..\\")) or value in (".", "..") or (root / value).exists():
                 model[name] = _absolute(root, value)
 
 
-def _make_absolute(layers: _Layers, holder: Any, path: KeyPath, folder: Path) -> None:
+def _make_absolute(layers: Layers, holder: Any, path: KeyPath, folder: Path) -> None:
     value = holder.get(path[-1]) if isinstance(holder, dict) else None
     if isinstance(value, str) and value:
         holder[path[-1]] = _absolute(_root(layers, path, folder), value)
 
 
-def _root(layers: _Layers, path: KeyPath, folder: Path) -> Path:
+def _root(layers: Layers, path: KeyPath, folder: Path) -> Path:
     """What a relative path starts from: the run file, or the working directory for one typed on the command line."""
-    return Path.cwd() if layers.locate(path).where.startswith(_SET) else folder
+    return Path.cwd() if layers.locate(path).where.startswith(SET) else folder
 
 
 def _absolute(root: Path, value: str) -> str:
-    import os
-
     return os.path.normpath(root / Path(value).expanduser())
 
 
-def _validate(layers: _Layers, found: list[UserError], *, partial: bool) -> RunConfig:
+def _validate(layers: Layers, found: list[UserError], *, partial: bool) -> RunConfig:
     if partial:
         # What a dialect lacks is already among the problems; what it has is still checked.
         layers.data.setdefault("data", {}).setdefault("sources", [{"path": "."}])
@@ -240,7 +159,7 @@ def _line(problem: UserError) -> tuple[str, int]:
     return (file, int(line)) if line.isdigit() else (problem.where, 0)
 
 
-def _origins(run: RunConfig, layers: _Layers) -> dict[str, str]:
+def _origins(run: RunConfig, layers: Layers) -> dict[str, str]:
     origins: dict[str, str] = {}
 
     def walk(value: Any, path: KeyPath) -> None:
@@ -255,67 +174,3 @@ def _origins(run: RunConfig, layers: _Layers) -> dict[str, str]:
 
     walk(run.model_dump(mode="json"), ())
     return origins
-
-
-def write_new(
-    path: Path,
-    *,
-    data: Path,
-    preset: str = "character",
-    base: str | None = None,
-    trigger: str | None = None,
-    force: bool = False,
-) -> None:
-    """Write a commented run file for a folder of images. Raises `UserError` if `path` is there, unless `force`."""
-    if path.exists() and not force:
-        raise UserError("this file is already there", where=str(path), fix="give another name with -o, or --force")
-    if not data.is_dir():
-        raise UserError("there is no such folder of images", where=str(data), fix="give the folder with the images")
-    text = new_text(data=_beside(data, path), captions=_has_captions(data), preset=preset, base=base, trigger=trigger)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, "utf-8")
-
-
-def new_text(
-    *, data: str, captions: bool = True, preset: str = "character", base: str | None = None, trigger: str | None = None
-) -> str:
-    """The text of a commented run file: a preset's values, each with its meaning."""
-    source: dict[str, Any] = {"path": data}
-    if trigger:
-        source["trigger"] = trigger
-        source |= {} if captions else {"missing_captions": "trigger"}
-    values = presets.get(preset).data
-    layers = _Layers(preset)
-    layers.lay({"name": preset.replace("_", "-")}, lambda path: Place(preset))
-    layers.lay({"model": {"base": base or schema.fields(schema.locate(("model", "base"))[0])["base"].default}}, lambda _: Place(""))
-    layers.lay({"data": {"sources": [source]}}, lambda _: Place(""))
-    layers.lay(values, lambda _: Place(""))
-    if trigger:
-        layers.lay({"preview": {"prompts": presets.prompts(preset, trigger)}}, lambda _: Place(""))
-    comments = {path: info.description or "" for path, info in _described(layers.data, ())}
-    head = f"# A run file for gesso, from the preset `{preset}`: {presets.about(preset)}\n"
-    head += "# `gesso check` this file, then `gesso train` it. All keys: `gesso config show` this file.\n\n"
-    return head + document.emit(layers.data, comments=comments)
-
-
-def _described(value: Any, path: KeyPath) -> list[tuple[KeyPath, Any]]:
-    found = []
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in inner:
-        here = (*path, key)
-        _, info = schema.locate(here)
-        if isinstance(key, str) and info is not None and info.description:
-            found.append((here, info))
-        if not isinstance(item, str):
-            found += _described(item, here)
-    return found
-
-
-def _beside(data: Path, run_file: Path) -> str:
-    """A folder as a run file names it: relative where it lies below the file's own folder."""
-    target, root = data.absolute(), run_file.absolute().parent
-    return target.relative_to(root).as_posix() if target.is_relative_to(root) else str(target)
-
-
-def _has_captions(folder: Path) -> bool:
-    return any(p.suffix == ".txt" or p.name.endswith(".jsonl") for p in folder.rglob("*"))

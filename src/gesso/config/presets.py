@@ -44,4 +44,9 @@ def prompts(name: str, trigger: str) -> list[str]:
     if name == "style":
         subjects = ("a lighthouse on a cliff", "a cat asleep on a chair", "a street market in the rain")
         return [*(f"{subject}, {trigger}" for subject in subjects), "a lighthouse on a cliff"]
-    return [f"a photo of {trigger}", f"{trigger} smiling, portrait", f"{trigger} on a mountain path", "a photo of a dog"]
+    return [
+        f"a photo of {trigger}",
+        f"{trigger} smiling, portrait",
+        f"{trigger} on a mountain path",
+        "a photo of a dog",
+    ]

@@ -49,7 +49,7 @@ def translate(error: ValidationError, *, locate: Locate, foreign: Mapping[str, s
     """One `UserError` a key; `foreign` names keys of other tools and what they are called here."""
     groups: dict[KeyPath, list[Mapping[str, Any]]] = {}
     for item in error.errors(include_url=False):
-        groups.setdefault(schema.clean(item["loc"]), []).append(item)  # type: ignore[arg-type]
+        groups.setdefault(schema.clean(item["loc"]), []).append(item)
     return [_one(path, items, locate(path), foreign) for path, items in groups.items()]
 
 
@@ -143,8 +143,8 @@ def _rule(path: KeyPath, items: Sequence[Mapping[str, Any]]) -> str:
             rules.append(f"must be {words} {ctx[name]:g}")
         elif kind in ("literal_error", "enum"):
             _, info = schema.locate(path)
-            words = schema.choices(info.annotation) if info is not None else ()
-            rules.append("must be one of " + (", ".join(words) if words else str(ctx.get("expected", ""))))
+            allowed = schema.choices(info.annotation) if info is not None else ()
+            rules.append("must be one of " + (", ".join(allowed) or str(ctx.get("expected", ""))))
         elif kind == "string_pattern_mismatch":
             rules.append("must start with a letter or digit and hold only letters, digits, spaces, _ . and -")
         elif kind == "too_short":

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from gesso.adapters import AnyAdapter, LoRA
 from gesso.core.schedule import Schedule
 from gesso.core.seams import Spec
-from gesso.families import AnyFamily, SDXL
+from gesso.families import SDXL, AnyFamily
 from gesso.objectives import AnyObjective, Denoise
 from gesso.trackers import AnyTracker, TensorBoard
 
@@ -24,7 +24,7 @@ class Source(Spec):
     """A `.jsonl` file inside the folder that lists images and captions. Empty: `metadata.jsonl` if there is one,
     else caption files beside the images."""
     image_column: str | None = None
-    """Column with the image's path relative to the folder. Empty: file_name, image_path or image, whichever is there."""
+    """Column with the image's path in the folder. Empty: file_name, image_path or image, whichever is there."""
     caption_column: str | None = None
     """Column with the caption. Empty: text, prompt or caption, whichever is there."""
     caption_extension: str = ".txt"
@@ -58,7 +58,8 @@ class Holdout(Spec):
     """Which pictures are kept from training to measure the validation loss."""
 
     fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the images, chosen by content, so that adding images moves no other image across. At least 1 if above 0."""
+    """Share of the images, chosen by content, so that adding images moves no other image across. At least one
+    image if above 0."""
     path: Path | None = None
     """A separate folder of validation images, in any layout that `sources` takes."""
 
@@ -151,6 +152,11 @@ class Training(Spec):
     device: str | None = None
     """cuda, cuda:1, mps or cpu. Empty: the best there is."""
     ema: EMA = EMA()
+
+    @field_validator("text_encoder_learning_rates", mode="before")
+    @classmethod
+    def _one_rate(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _length(self) -> Training:

@@ -1,7 +1,8 @@
-"""Pictures: file bytes -> upright sRGB pixels -> a bucket's tensor. Everything odd is converted knowingly or refused."""
+"""Pictures: file bytes -> upright sRGB pixels -> a bucket's tensor. What is odd is converted knowingly or refused."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import warnings
@@ -23,11 +24,13 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff",
 MAX_PIXELS = 170_000_000
 """Largest picture that is decoded; bigger headers are taken for decompression bombs."""
 
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 _TRANSPOSED = (5, 6, 7, 8)
 _GREY = ("1", "L", "LA", "La")
 _PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 
+# Pillow loads its rarer formats on first use, which is not safe when several threads are first.
+Image.init()
 # Our own cap above is an error, so Pillow's earlier warning would only be noise.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -126,11 +129,17 @@ def fit(image: Image.Image, plan: Fit) -> tuple[NDArray[np.float32], Geometry]:
     return np.ascontiguousarray(scaled), geometry
 
 
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)  # AVIF came with Pillow 11.3
+
+
 def _open(data: bytes, path: Path) -> Image.Image:
     if not data:
         raise UserError("the file is empty", where=str(path), fix="replace it, or set data.skip_bad")
     try:
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        image = Image.open(io.BytesIO(data), formats=_formats())
     except UnidentifiedImageError as error:
         raise UserError(
             "not a picture that can be read (looked for JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF by content)",

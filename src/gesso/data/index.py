@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from gesso.config.run import Data
-from gesso.data.images import content_hash, decode_bytes, read
+from gesso.data.images import background_colour, content_hash, decode_bytes, read
 from gesso.data.sources import Found, Record, collect, some
 from gesso.data.threads import ahead
 from gesso.errors import Problems, ResourceError, UserError
@@ -85,6 +85,7 @@ def build(data: Data, *, progress: Callable[[int, int], None] | None = None) -> 
     A picture that was decoded before and has not been touched since is not decoded again. All problems are
     raised together as `Problems`; with `data.skip_bad` unreadable pictures become a notice instead.
     """
+    background_colour(data.background)  # a wrong name is one mistake, not one for each picture
     found = [collect(source, index=i) for i, source in enumerate(data.sources)]
     held = _held_folder(data)
     notices = [notice for one in [*found, held] for notice in one.notices]
@@ -204,7 +205,7 @@ def _scan(
     folders = sorted(str(source.path.expanduser().resolve()) for source in data.sources)
     file = cache_folder(data) / "scans" / f"{_digest(str(_SCAN_VERSION), data.background, *folders)}.json"
     known = _remembered(file)
-    kept: dict[str, list[object]] = {}
+    kept: dict[str, list[Any]] = {}
     scans: dict[Path, _Scan] = {}
     bad: list[UserError] = []
 
@@ -248,7 +249,7 @@ def _stamp(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
-def _remembered(file: Path) -> dict[str, list]:
+def _remembered(file: Path) -> dict[str, list[Any]]:
     try:
         known = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError):
@@ -256,7 +257,7 @@ def _remembered(file: Path) -> dict[str, list]:
     return known if isinstance(known, dict) else {}
 
 
-def _remember(file: Path, kept: dict[str, list[object]]) -> None:
+def _remember(file: Path, kept: dict[str, list[Any]]) -> None:
     temporary = file.with_name(f".{file.name}.{os.getpid()}.{time.monotonic_ns()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,7 @@ class Metadata:
 def read_metadata(file: Path, *, root: Path, image_column: str | None, caption_column: str | None) -> Metadata:
     """The rows of a metadata file; bad rows are collected as problems with their line.
 
-    Paths are relative to the file's folder, or to `images/` beside it; none may leave `root`.
+    Paths are relative to the file's folder, to `images/` beside it, or to `root`, which none may leave.
     Raises `UserError` if the file as a whole cannot be used (encoding, no rows, no image column).
     """
     metadata = Metadata()
@@ -114,18 +114,20 @@ def _locate(name: str, file: Path, root: Path, where: str) -> Path:
     if "\x00" in name or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
         raise UserError(f"'{name}' is not a path relative to the folder", where=where, fix="write a relative path")
     base = file.parent
+    folders = list(dict.fromkeys([base, base / "images", root]))
     names = [name, name.replace("\\", "/")] if "\\" in name else [name]
-    candidates = [folder / each for each in names for folder in (base, base / "images")]
-    for path in candidates:
+    for path in [folder / each for each in names for folder in folders]:
         if not path.resolve().is_relative_to(root):
             raise UserError(f"'{name}' leads out of the folder", where=where, fix="keep pictures inside the folder")
         if path.is_file():
             return path
-    folder = candidates[-2].parent if candidates[-2].parent.is_dir() else candidates[-1].parent
-    near = [p.name for p in sorted(folder.iterdir())] if folder.is_dir() else []
-    close = difflib.get_close_matches(candidates[-1].name, near, n=1, cutoff=0.5)
+    wanted = PurePosixPath(names[-1])
+    near = [
+        p.name for folder in folders if (folder / wanted.parent).is_dir() for p in (folder / wanted.parent).iterdir()
+    ]
+    close = difflib.get_close_matches(wanted.name, sorted(near), n=1, cutoff=0.5)
     raise UserError(
-        f"there is no picture '{name}' (looked in {base} and {base / 'images'})",
+        f"there is no picture '{name}' (looked in {', '.join(str(folder) for folder in folders)})",
         where=where,
         fix=f"did you mean {close[0]}?" if close else "add the picture or remove the line",
     )

@@ -1,4 +1,4 @@
-"""Folders of captioned pictures -> records. Everything wrong in a source is found in one look, nothing is dropped silently."""
+"""Folders of captioned pictures -> records. All that is wrong is found in one look; nothing is dropped silently."""
 
 from __future__ import annotations
 
@@ -149,7 +149,8 @@ def _metadata_file(source: Source, root: Path) -> Path | None:
 def _from_side_files(source: Source, images: Sequence[Path], found: Found) -> list[Entry]:
     ending = source.caption_extension
     ending = ending if ending.startswith(".") else f".{ending}"
-    entries, owners = [], {}
+    entries: list[Entry] = []
+    owners: dict[Path, Path] = {}
     for path in images:
         side = path.with_suffix(ending)
         if side in owners:
@@ -255,7 +256,8 @@ def _check_caption(caption: str, where: str) -> None:
             f"a caption of {len(caption)} characters (at most {MAX_CAPTION})", where=where, fix="shorten it"
         )
     for character in caption:
-        if unicodedata.category(character) == "Cc" and character not in "\t\n\r":
+        # Control characters and half of a surrogate pair: tokenisers fail on them or drop them.
+        if unicodedata.category(character) in ("Cc", "Cs") and character not in "\t\n\r":
             raise UserError(
                 f"the caption holds the control character U+{ord(character):04X}", where=where, fix="remove it"
             )

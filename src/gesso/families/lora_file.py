@@ -176,7 +176,17 @@ def scales(ranks: Mapping[str, int], metadata: Mapping[str, str], *, path: Path)
     text = metadata.get("lora_adapter_metadata")
     if not text:
         return {}
-    settings: dict[str, Any] = json.loads(text)
+    try:
+        return _scales(json.loads(text), ranks, path)
+    except (ValueError, KeyError, TypeError, AttributeError, re.error) as error:
+        raise UserError(
+            f"the header key lora_adapter_metadata is damaged ({error})",
+            where=str(path),
+            fix="fetch or export the file again",
+        ) from error
+
+
+def _scales(settings: Mapping[str, Any], ranks: Mapping[str, int], path: Path) -> dict[str, float]:
     found = {}
     for module, rank in ranks.items():
         part, _, layer = module.partition(".")

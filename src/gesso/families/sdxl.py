@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -98,23 +99,21 @@ class SDXL(Spec):
         import torch
 
         parts = Parts()
-        if "denoiser" in names:
-            parts.denoiser = self._network("unet", dtype)
-        if "vae" in names:
-            parts.vae = self._network("vae", torch.float32)
-        if "text" in names:
-            parts.text_encoders = [
-                self._network("text_encoder", dtype),
-                self._network("text_encoder_2", dtype),
-            ]
-            parts.tokenizers = self._tokenizers()
+        with _without_bars():
+            if "denoiser" in names:
+                parts.denoiser = self._network("unet", dtype)
+            if "vae" in names:
+                parts.vae = self._network("vae", torch.float32)
+            if "text" in names:
+                parts.text_encoders = [self._network(part, dtype) for part in _FOLDERS["text"]]
+                parts.tokenizers = self._tokenizers()
         for network in [parts.denoiser, parts.vae, *parts.text_encoders]:
             if network is not None:
                 network.requires_grad_(False).eval().to(device)
         return parts
 
     def fingerprint(self, name: str) -> str:
-        """Hash of the weights of "denoiser", "vae" or "text": what a cached result depends on."""
+        """Hash of the weights (and, for "text", the prompt policy) of "denoiser", "vae" or "text"."""
         if name == "vae" and self._vae_name is not None:
             location = self._locate(self._vae_name, (), key="model.vae")
             folder = location / "vae" if (location / "vae").is_dir() else location
@@ -124,7 +123,9 @@ class SDXL(Spec):
         folders = [self._root / part for part in _FOLDERS[name]]
         if name == "text":
             tokens = [p for t in _TOKENIZERS for p in (self._root / t).iterdir() if p.is_file()]
-            return resolve.fingerprint([*(w for f in folders for w in _weights(f, self.variant)), *tokens])
+            files = [*(w for f in folders for w in _weights(f, self.variant)), *tokens]
+            policy = "" if self.long_prompts == "truncate" else f" chunk {self.max_chunks}"
+            return resolve.fingerprint(files) + policy
         return resolve.fingerprint(_weights(folders[0], self.variant))
 
     def pipeline(self, parts: Parts) -> StableDiffusionXLPipeline:
@@ -319,6 +320,20 @@ class SDXL(Spec):
             str(file), config=str(self._config_root), torch_dtype=dtype, **others
         )
         return pipeline.components[part]
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without transformers' bar per network, which would tear ours apart."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _network_class(part: str) -> Any:

@@ -155,7 +155,7 @@ def _accumulate(
     total = torch.zeros((), device=runtime.device)
     files: list[str] = []
     data_seconds = 0.0
-    for micro, (batch, waited) in enumerate(_timed(stream.window(step))):
+    for micro, (batch, waited) in enumerate(_timed(stream, step)):
         data_seconds += waited
         files += batch.files
         runtime.seed_model(seed, step, micro)
@@ -169,11 +169,9 @@ def _accumulate(
     return _Gradient(loss_value, norm_value, samples, tuple(files), data_seconds)
 
 
-def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
-    """Each batch with the seconds spent waiting for it."""
-    while True:
-        started = time.monotonic()
-        batch = next(batches, None)
-        if batch is None:
-            return
-        yield batch, time.monotonic() - started
+def _timed(stream: Stream, step: int) -> Iterator[tuple[Batch, float]]:
+    """Each batch of a step with the seconds spent waiting for it."""
+    asked = time.monotonic()
+    for batch in stream.window(step):
+        yield batch, time.monotonic() - asked
+        asked = time.monotonic()

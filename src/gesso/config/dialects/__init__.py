@@ -39,7 +39,7 @@ def foreign_names() -> dict[str, str]:
 def _native_score(mapping: Mapping[str, Any]) -> int:
     score = 0
     for key, value in mapping.items():
-        holder, info = schema.locate((key,))
+        _, info = schema.locate((key,))
         if info is None and key != "preset":
             continue
         inside = schema.fields(schema.models_in(info.annotation)) if info is not None else {}

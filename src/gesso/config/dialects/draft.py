@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ class Draft:
     def _put(self, native: str, value: Any, place: Place) -> None:
         path = tuple(int(part) if part.isdigit() else part for part in native.split("."))
         holder: Any = self.data
-        for part, following in zip(path, path[1:], strict=False):
+        for part, following in pairwise(path):
             if isinstance(part, int):
                 if part == len(holder):
                     holder.append({})

@@ -220,7 +220,8 @@ def _previews(draft: Draft) -> None:
         draft.ignore(count, "there are no validation prompts")
     if every is not None:
         draft.set("preview.every", number(every.value), every)
-        draft.set("validation.every", number(every.value), every)
+        if "val_data_dir" in draft.items:
+            draft.set("validation.every", number(every.value), every)
 
 
 def _trackers(draft: Draft) -> None:
@@ -263,7 +264,9 @@ def _hub(draft: Draft) -> None:
     if push is not None:
         draft.mapped.append(draft.entry(push, "--push-to-hub"))
         if wanted and repo is None:
-            draft.problem(push, f"{push.key} is on, but no repository is named", fix="add hub_model_id: name/repository")
+            draft.problem(
+                push, f"{push.key} is on, but no repository is named", fix="add hub_model_id: name/repository"
+            )
     if resume is not None:
         draft.resume = str(resume.value)
         draft.mapped.append(draft.entry(resume, "--resume"))

@@ -20,7 +20,7 @@ _OWN: dict[str, dict[str, str]] = {
     "dataset": {},
     "training": {},
     "prior_preservation": {"enabled": "with_prior_preservation", "weight": "prior_loss_weight"},
-    "validation": {},
+    "validation": {"seed": "preview_seed"},
     "logging": {},
     "consistency": {},
 }

@@ -49,6 +49,7 @@ DIRECT = {
     "seed": Direct("seed"),
     "run_name": Direct("name", "text"),
     "checkpointing_steps": Direct("checkpoint.every"),
+    "preview_seed": Direct("preview.seed"),
     "negative_prompt": Direct("preview.negative", "text"),
     "guidance_scale": Direct("preview.guidance"),
     "num_inference_steps": Direct("preview.inference_steps"),

@@ -1,0 +1,313 @@
+"""Every rule that looks at more than one value of a run, or at the disk. Command line and studio share it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from gesso.config import schema
+from gesso.config.forecast import GIB, Forecast, Machine, forecast, full_size, images_in, metadata_of
+from gesso.config.run import RunConfig, Source
+from gesso.errors import Problems, UserError
+
+__all__ = ["Advice", "Finding", "Forecast", "Machine", "check"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One remark about one key."""
+
+    level: Literal["error", "warning", "hint"]
+    key: str
+    what: str
+    fix: str = ""
+
+    def as_error(self, origins: Mapping[str, str] | None = None) -> UserError:
+        """As an error; `origins` tell the line that the value came from."""
+        origin = (origins or {}).get(self.key, "default")
+        where = self.key if origin == "default" else f"{origin} ({self.key})"
+        return UserError(self.what, where=where, fix=self.fix)
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What is wrong, what is odd, and what the run will take; no forecast without images."""
+
+    findings: tuple[Finding, ...]
+    forecast: Forecast | None
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """What keeps the run from starting."""
+        return tuple(f for f in self.findings if f.level == "error")
+
+    @property
+    def warnings(self) -> tuple[Finding, ...]:
+        """What is allowed, and probably not meant."""
+        return tuple(f for f in self.findings if f.level == "warning")
+
+    @property
+    def hints(self) -> tuple[Finding, ...]:
+        """What would make the run more useful."""
+        return tuple(f for f in self.findings if f.level == "hint")
+
+    def require(self, origins: Mapping[str, str] | None = None) -> None:
+        """Raise `Problems` if there are errors."""
+        if self.errors:
+            raise Problems([finding.as_error(origins) for finding in self.errors])
+
+
+def check(run: RunConfig, machine: Machine | None = None) -> Advice:
+    """Look a run over before anything heavy is loaded."""
+    findings = [finding for rule in _RULES for finding in rule(run)]
+    numbers = None if any(f.level == "error" and f.key.startswith("data.") for f in findings) else forecast(run)
+    if numbers is not None:
+        findings += _about_numbers(run, numbers)
+        findings += _about_machine(run, numbers, machine) if machine is not None else []
+    return Advice(tuple(findings), numbers)
+
+
+def _error(key: str, what: str, fix: str = "") -> Finding:
+    return Finding("error", key, what, fix)
+
+
+def _warning(key: str, what: str, fix: str = "") -> Finding:
+    return Finding("warning", key, what, fix)
+
+
+def _sources(run: RunConfig) -> Iterator[Finding]:
+    for i, source in enumerate(run.data.sources):
+        yield from _folder(f"data.sources.{i}.path", source.path)
+        if source.path.is_dir():
+            yield from _captions(f"data.sources.{i}", source)
+    held = run.data.validation.path
+    if held is not None:
+        yield from _folder("data.validation.path", held)
+        for source in run.data.sources:
+            if held.is_relative_to(source.path):
+                what = f"lies inside {source.path}, so its images are trained on too and the loss says nothing"
+                yield _error("data.validation.path", what, "move it beside the training folder")
+
+
+def _folder(key: str, path: Path) -> Iterator[Finding]:
+    if not path.exists():
+        yield _error(key, f"there is no folder {path}", _nearest_folder(path))
+    elif not path.is_dir():
+        yield _error(key, f"{path} is a file, not a folder", f"give {path.parent}")
+    elif next(images_in(path), None) is None:
+        found = sorted(p.name for p in path.iterdir())
+        holds = f"it holds {', '.join(found[:5])}" + (" ..." if len(found) > 5 else "") if found else "it is empty"
+        yield _error(
+            key, f"no images in {path} (looked for .png, .jpg, .webp and so on; {holds})", _nearest_folder(path)
+        )
+
+
+def _nearest_folder(path: Path) -> str:
+    """The most similar folder with images near a wrong path."""
+    start = path.parent
+    missing = path.name
+    while not start.is_dir() and start != start.parent:
+        start, missing = start.parent, start.name
+    if not start.is_dir():
+        return "give a folder with images"
+    with contextlib.suppress(OSError):
+        folders = [p for p in start.iterdir() if p.is_dir() and p != path and not p.name.startswith(".")]
+        useful = {p.name: p for p in folders[:200] if next(images_in(p), None) is not None}
+        near = schema.nearest(missing, useful)
+        if near:
+            return f"did you mean {useful[near]}?"
+        if useful:
+            return f"folders with images there: {', '.join(str(useful[name]) for name in sorted(useful)[:3])}"
+        if next((p for p in images_in(start) if p.parent == start), None) is not None:
+            return f"there are images in {start}"
+    return "paths in a run file start from the folder of that file"
+
+
+def _captions(key: str, source: Source) -> Iterator[Finding]:
+    if source.metadata is not None and metadata_of(source) is None:
+        others = sorted(p.name for p in source.path.glob("*.jsonl"))
+        fix = f"there is {', '.join(others[:3])}" if others else "take the key out to use .txt files beside the images"
+        yield _error(f"{key}.metadata", f"there is no {source.metadata} in {source.path}", fix)
+    elif metadata_of(source) is None and source.missing_captions == "error":
+        images = list(images_in(source.path))
+        bare = [image for image in images if not image.with_suffix(source.caption_extension).is_file()]
+        if bare:
+            what = (
+                f"{len(bare)} of {len(images)} images have no {source.caption_extension} file, such as {bare[0].name}"
+            )
+            fix = "write captions, or set a trigger word and missing_captions: trigger"
+            yield _error(f"{key}.missing_captions", what, fix)
+    if source.missing_captions == "trigger" and not source.trigger:
+        yield _error(f"{key}.trigger", "missing_captions is trigger, and there is no trigger word", "give one")
+
+
+def _model(run: RunConfig) -> Iterator[Finding]:
+    for key, name in (("model.base", run.model.base), ("model.vae", run.model.vae)):
+        if name is not None and Path(name).is_absolute() and not Path(name).exists():
+            fix = "give a diffusers folder, a .safetensors checkpoint or a hub id"
+            yield _error(key, f"there is no {name}", fix)
+
+
+def _sizes(run: RunConfig) -> Iterator[Finding]:
+    data, buckets = run.data, run.data.buckets
+    cell = run.model.latent_factor if Path(run.model.base).is_dir() else 8
+    lengths = {
+        "data.resolution": data.resolution,
+        "preview.width": run.preview.width,
+        "preview.height": run.preview.height,
+    }
+    for key, length in lengths.items():
+        if length is not None and length % cell:
+            near = max(round(length / cell), 1) * cell
+            yield _error(key, f"{length} is not a multiple of {cell} pixels", f"write {near}")
+    if not buckets.enabled:
+        return
+    if buckets.step % cell:
+        yield _error("data.buckets.step", f"{buckets.step} is not a multiple of {cell} pixels", "64 is usual")
+    if buckets.step > data.resolution:
+        yield _error("data.buckets.step", f"{buckets.step} is more than the resolution {data.resolution}", "lower it")
+    elif data.resolution % buckets.step:
+        what = f"{data.resolution} is not a multiple of the bucket step {buckets.step}; no bucket is that square"
+        yield _warning("data.resolution", what, f"{round(data.resolution / buckets.step) * buckets.step} is")
+    if buckets.smallest is not None and buckets.smallest > data.resolution:
+        yield _error("data.buckets.smallest", f"{buckets.smallest} is more than the resolution {data.resolution}")
+    if buckets.largest is not None and buckets.largest < data.resolution:
+        yield _error("data.buckets.largest", f"{buckets.largest} is less than the resolution {data.resolution}")
+
+
+def _rates(run: RunConfig) -> Iterator[Finding]:
+    training, rates = run.training, run.training.text_encoder_learning_rates
+    key, encoders = "training.text_encoder_learning_rates", len(run.model.part_names) - 1
+    if rates is not None and not run.adapter.train_text_encoders:
+        fix = "set adapter.train_text_encoders: true, or take the rates out"
+        yield _error(key, "rates are given, but the text encoders do not train", fix)
+    elif rates is not None and len(rates) not in (1, encoders):
+        yield _error(key, f"{len(rates)} rates for {encoders} text encoders", f"give 1 or {encoders}")
+    own = rates if run.adapter.train_text_encoders and rates is not None else ()
+    if not training.learning_rate and not any(own):
+        yield _error("training.learning_rate", "every learning rate is 0, so nothing would be trained", "1e-4 is usual")
+    for name, rate in [("training.learning_rate", training.learning_rate), *((key, rate) for rate in own)]:
+        if rate > 1e-2:
+            yield _warning(name, f"{rate:g} is very high for an adapter", "1e-4 is usual")
+        elif 0 < rate < 1e-7:
+            yield _warning(name, f"{rate:g} is so low that hardly anything will change", "1e-4 is usual")
+
+
+def _packages(run: RunConfig) -> Iterator[Finding]:
+    training = run.training
+    wanted = {
+        "training.optimizer.type": ("bitsandbytes", training.optimizer.type == "adamw8bit", "adamw"),
+        "training.attention": ("xformers", training.attention == "xformers", "sdpa"),
+    }
+    for key, (package, used, instead) in wanted.items():
+        if used and importlib.util.find_spec(package) is None:
+            yield _error(key, f"{package} is not installed", f"pip install {package}, or write {instead}")
+    for i, tracker in enumerate(run.trackers):
+        if tracker.type == "wandb" and importlib.util.find_spec("wandb") is None:
+            yield _error(f"trackers.{i}.type", "wandb is not installed", "pip install wandb, or take the tracker out")
+    if training.device == "cpu":
+        if training.precision == "fp16":
+            yield _error("training.precision", "fp16 training needs a GPU", "use bf16 or fp32 on a CPU")
+        if training.optimizer.type == "adamw8bit":
+            yield _error("training.optimizer.type", "adamw8bit needs a GPU", "write adamw")
+
+
+def _output(run: RunConfig) -> Iterator[Finding]:
+    folder = run.folder.expanduser().absolute()
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    if not existing.is_dir():
+        yield _error("output", f"{existing} is a file, so {folder} cannot be a folder", "choose another output")
+        return
+    try:
+        handle, name = tempfile.mkstemp(prefix=".gesso-check-", dir=existing)
+        with os.fdopen(handle, "wb") as file:
+            file.write(b"gesso")
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).rename(name + "-renamed")
+        Path(name + "-renamed").unlink()
+    except OSError as error:
+        yield _error("output", f"{existing} cannot be written to: {error.strerror}", "choose another output")
+
+
+def _prompts(run: RunConfig) -> Iterator[Finding]:
+    prompts, triggers = run.preview.prompts, [s.trigger for s in run.data.sources if s.trigger]
+    if not prompts:
+        yield Finding("hint", "preview.prompts", "no previews will be drawn", "add prompts to see what is learnt")
+    elif triggers and not any(trigger in prompt for trigger in triggers for prompt in prompts):
+        yield _warning(
+            "preview.prompts", f"no prompt has the trigger word {' or '.join(triggers)}", "add one that does"
+        )
+    if any(not prompt.strip() for prompt in prompts):
+        yield _warning("preview.prompts", "a prompt is empty")
+
+
+def _settings(run: RunConfig) -> Iterator[Finding]:
+    gamma = run.objective.min_snr_gamma
+    if gamma is not None and gamma > 100:
+        yield _warning("objective.min_snr_gamma", f"{gamma:g} clips nothing worth clipping", "5 is usual")
+    if run.data.caption_dropout > 0.5:
+        what = f"{run.data.caption_dropout:.0%} of the captions are dropped"
+        yield _warning("data.caption_dropout", what, "0.05 to 0.1 is usual")
+    holdout = run.data.validation
+    if run.validation.every is not None and not holdout.fraction and holdout.path is None:
+        fix = "set data.validation.fraction or data.validation.path"
+        yield _warning("validation.every", "no images are held out, so nothing is measured", fix)
+
+
+def _about_numbers(run: RunConfig, numbers: Forecast) -> Iterator[Finding]:
+    images, group = sum(numbers.images), run.training.batch_size * run.training.accumulation
+    if numbers.held_out >= images:
+        what = f"{images} image(s) cannot be shared between training and validation"
+        yield _error("data.validation.fraction", what, "set it to 0")
+    elif numbers.held_out and images - numbers.held_out < 4:
+        what = f"only {images - numbers.held_out} images are left to train on"
+        yield _warning("data.validation.fraction", what, "set it to 0")
+    if group > numbers.samples_per_epoch:
+        what = f"batch_size x accumulation is {group}, and an epoch has {numbers.samples_per_epoch} samples"
+        yield _warning("training.accumulation", what, "lower one of them, or raise data.sources[].repeats")
+    warmup = run.training.schedule.warmup_steps(numbers.steps)
+    if warmup >= numbers.steps:
+        what = f"the warm-up of {warmup} steps is not over when the run ends after {numbers.steps}"
+        yield _warning("training.schedule.warmup", what, "shorten it")
+    ema = run.training.ema
+    if ema.enabled and not ema.warmup and numbers.steps * (1 - ema.decay) < 3:
+        what = f"an average with decay {ema.decay:g} still holds mostly the start after {numbers.steps} steps"
+        yield _warning("training.ema.decay", what, "turn training.ema.warmup on")
+    if run.checkpoint.every >= numbers.steps:
+        yield Finding("hint", "checkpoint.every", "only the last step will be saved", "lower it to be able to go back")
+    folder = run.folder.expanduser().absolute()
+    existing = next(p for p in (folder, *folder.parents) if p.is_dir())
+    free = shutil.disk_usage(existing).free
+    if free < numbers.disk_bytes + GIB // 2:
+        what = f"checkpoints and cache take about {numbers.disk_bytes / GIB:.1f} GiB, and {free / GIB:.1f} are free"
+        yield _error("output", what, "free some space, or lower checkpoint.keep_last")
+
+
+def _about_machine(run: RunConfig, numbers: Forecast, machine: Machine) -> Iterable[Finding]:
+    device = run.training.device
+    if machine.gpu is None and full_size(run) and not (device or "").startswith(("cuda", "mps")):
+        what = "no GPU was found; a model of this size takes minutes a step on a CPU"
+        yield _warning("training.device", what, "gesso doctor tells what is missing")
+    available, needed = machine.gpu_memory, numbers.memory_bytes
+    if available is not None and needed is not None and needed > 0.95 * available:
+        what = f"about {needed / GIB:.0f} GiB are needed, and {machine.gpu} has {available / GIB:.0f}"
+        options = {
+            "training.gradient_checkpointing: true": not run.training.gradient_checkpointing,
+            "training.batch_size: 1 with more accumulation": run.training.batch_size > 1,
+            "training.precision: bf16": run.training.precision == "fp32",
+            "a lower data.resolution": True,
+        }
+        yield _warning("training", what, "try " + ", or ".join(name for name, helps in options.items() if helps))
+
+
+_RULES: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
+    *(_sources, _model, _sizes, _rates, _packages, _output, _prompts, _settings),
+)

@@ -1,0 +1,168 @@
+"""What a run will take: steps, epochs, checkpoints, disk and memory. Rough, and without opening an image."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+
+from gesso.config.run import RunConfig, Source
+
+GIB = 2**30
+IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
+METADATA = "metadata.jsonl"
+
+# Parameters of a rank-1 adapter on SDXL, counted layer by layer: 10 blocks of width 640, 60 of width 1280.
+_PER_RANK = {
+    "to_q": 332_800,
+    "to_k": 392_960,
+    "to_v": 392_960,
+    "to_out.0": 332_800,
+    "attention": 1_451_520,
+    "attention-mlp": 2_659_840,
+    "all-linear": 3_100_000,
+}
+_TEXT_PER_RANK = 401_408
+_UNET_PARAMETERS = 2_567_000_000
+_TEXT_PARAMETERS = 818_000_000
+# GiB of saved activations a sample at 1024 x 1024 in 16 bits, with adapters in float32.
+_ACTIVATIONS = {"attention": 7.3, "other": 9.4, "checkpointed": 1.6}
+_WORKSPACE = 1.0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the run would go on; None where it could not be found out. Memory in bytes."""
+
+    gpu: str | None = None
+    gpu_memory: int | None = None
+    memory: int | None = None
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Sizes in bytes; None where the base model is not of a known size."""
+
+    images: tuple[int, ...]
+    held_out: int
+    samples_per_epoch: int
+    steps_per_epoch: int
+    steps: int
+    epochs: float
+    checkpoints: int
+    checkpoints_kept: int
+    parameters: int | None
+    checkpoint_bytes: int | None
+    cache_bytes: int
+    memory_bytes: int | None
+
+    @property
+    def disk_bytes(self) -> int:
+        """All that is written and stays."""
+        return self.cache_bytes + self.checkpoints_kept * (self.checkpoint_bytes or 0)
+
+
+def images_in(folder: Path) -> Iterator[Path]:
+    """Image files in a folder and its sub-folders, by their ending; hidden files and folders are passed over."""
+    for root, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_ENDINGS:
+                yield Path(root, name)
+
+
+def metadata_of(source: Source) -> Path | None:
+    """The metadata file a source uses, if there is one."""
+    path = source.path / (source.metadata or METADATA)
+    return path if path.is_file() else None
+
+
+def count(source: Source) -> int:
+    """Images of a source: lines of its metadata file, or image files."""
+    metadata = metadata_of(source)
+    if metadata is not None:
+        with metadata.open("rb") as lines:
+            return sum(1 for line in lines if line.strip())
+    return sum(1 for _ in images_in(source.path))
+
+
+def forecast(run: RunConfig) -> Forecast | None:
+    """The numbers for a run, or None as long as it has no images."""
+    images = tuple(count(source) for source in run.data.sources)
+    if not sum(images):
+        return None
+    fraction = run.data.validation.fraction
+    held_out = max(1, int(sum(images) * fraction)) if fraction else 0
+    visits = sum(n * source.repeats for n, source in zip(images, run.data.sources, strict=True))
+    samples = max(1, round(visits * (1 - held_out / sum(images))))
+    per_epoch = ceil(samples / (run.training.batch_size * run.training.accumulation))
+    steps = run.training.total_steps(per_epoch)
+    saves = {*range(run.checkpoint.every, steps + 1, run.checkpoint.every), steps}
+    kept = set(sorted(saves)[-run.checkpoint.keep_last :])
+    if run.checkpoint.keep_every:
+        kept |= {step for step in saves if step % run.checkpoint.keep_every == 0}
+    known = full_size(run)
+    parameters = _parameters(run) if known else None
+    return Forecast(
+        images=images,
+        held_out=held_out,
+        samples_per_epoch=samples,
+        steps_per_epoch=per_epoch,
+        steps=steps,
+        epochs=steps / per_epoch,
+        checkpoints=len(saves),
+        checkpoints_kept=len(kept),
+        parameters=parameters,
+        checkpoint_bytes=None if parameters is None else parameters * _bytes_per_parameter(run),
+        cache_bytes=_cache(run, sum(images), epochs=ceil(steps / per_epoch)),
+        memory_bytes=None if parameters is None else _memory(run, parameters),
+    )
+
+
+def full_size(run: RunConfig) -> bool:
+    """Whether the base model has the published size; a small local model has not."""
+    base = run.model.base
+    if base.startswith("micro:"):
+        return False
+    unet = Path(base, "unet")
+    if not unet.is_dir():
+        return True
+    return sum(f.stat().st_size for f in unet.glob("*.safetensors")) > GIB
+
+
+def _parameters(run: RunConfig) -> int:
+    targets = run.adapter.targets
+    if isinstance(targets, str):
+        per_rank = _PER_RANK[targets]
+    else:
+        # Names that are not counted one by one are taken for all the layers there are.
+        per_rank = sum(_PER_RANK.get(name, _PER_RANK["all-linear"]) for name in targets)
+        per_rank = min(per_rank, _PER_RANK["all-linear"])
+    return run.adapter.rank * (per_rank + _TEXT_PER_RANK * run.adapter.train_text_encoders)
+
+
+def _bytes_per_parameter(run: RunConfig) -> int:
+    """float32 weights, the optimiser's two moments, and the average if one is kept."""
+    moments = 2 if run.training.optimizer.type == "adamw8bit" else 8
+    return 4 + moments + 4 * run.training.ema.enabled
+
+
+def _cache(run: RunConfig, images: int, *, epochs: int) -> int:
+    """float32 mean and deviation of 4 channels an image (a crop, if random), and text embeddings a caption."""
+    cells = (run.data.resolution // 8) ** 2
+    variants = epochs if run.data.crop == "random" else 1 + run.data.flip
+    text = 0 if run.adapter.train_text_encoders else images * (77 * 2048 + 1280) * 4
+    return images * variants * 2 * 4 * cells * 4 + text
+
+
+def _memory(run: RunConfig, parameters: int) -> int:
+    training = run.training
+    wide = 2 if training.precision == "fp32" else 1
+    frozen = _UNET_PARAMETERS + _TEXT_PARAMETERS * run.adapter.train_text_encoders
+    kind = "attention" if run.adapter.targets == "attention" else "other"
+    saved = _ACTIVATIONS["checkpointed" if training.gradient_checkpointing else kind]
+    activations = saved * wide * training.batch_size * (run.data.resolution / 1024) ** 2
+    trained = parameters * (_bytes_per_parameter(run) + 4)
+    return round(frozen * 2 * wide + trained + (activations + _WORKSPACE) * GIB)

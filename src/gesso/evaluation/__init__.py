@@ -1,0 +1,1 @@
+"""Pictures from a model: drawing, saving and laying them out."""

@@ -1,0 +1,82 @@
+"""What an exported file says of itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import gesso
+from gesso.families.lora_names import KOHYA_BASE_VERSION
+
+
+@dataclass(frozen=True)
+class About:
+    """Origin and use of a LoRA, for the headers of its file and for its model card. Empty values are left out.
+
+    `architecture` is ModelSpec's name of the base's architecture, `tags` counts captions or tags by data folder,
+    `date` is ISO 8601, and `training` holds further kohya header values under their `ss_` names.
+    """
+
+    title: str
+    architecture: str
+    base: str = ""
+    prediction: str = "epsilon"
+    resolution: tuple[int, int] | None = None
+    """Width and height in pixels."""
+    trigger: str = ""
+    license: str = ""
+    author: str = ""
+    description: str = ""
+    date: str = ""
+    tags: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    training: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def base_name(self) -> str:
+        """The base model without the folders of this machine: a hub id as it is, of a path only the last part."""
+        return self.base if self.base_on_hub else Path(self.base).name
+
+    @property
+    def base_on_hub(self) -> bool:
+        """Whether the base model is named by a hub id."""
+        local = self.base.startswith((".", "/", "~")) or Path(self.base).expanduser().exists()
+        return self.base.count("/") == 1 and not local and not self.base.endswith(".safetensors")
+
+    def modelspec(self) -> dict[str, str]:
+        """ModelSpec 1.0.0 header keys (github.com/Stability-AI/ModelSpec)."""
+        size = "" if self.resolution is None else f"{self.resolution[0]}x{self.resolution[1]}"
+        words = ", ".join(dict.fromkeys(tag for counts in self.tags.values() for tag in counts))
+        values = {
+            "sai_model_spec": "1.0.0",
+            "architecture": f"{self.architecture}/lora",
+            "implementation": "diffusers",
+            "title": self.title,
+            "resolution": size,
+            "date": self.date,
+            "author": self.author,
+            "license": self.license,
+            "description": self.description,
+            "trigger_phrase": self.trigger,
+            "tags": words,
+            "prediction_type": "v" if self.prediction == "v_prediction" else self.prediction,
+        }
+        return {f"modelspec.{key}": value for key, value in values.items() if value}
+
+    def kohya(self, *, rank: str, alpha: str) -> dict[str, str]:
+        """kohya's `ss_` header keys; all values are strings."""
+        values = {
+            "ss_v2": "False",
+            "ss_base_model_version": KOHYA_BASE_VERSION.get(self.architecture, self.architecture),
+            "ss_network_module": "networks.lora",
+            "ss_network_dim": rank,
+            "ss_network_alpha": alpha,
+            "ss_network_args": "{}",
+            "ss_output_name": self.title,
+            "ss_sd_model_name": self.base_name,
+            "ss_resolution": "" if self.resolution is None else str(self.resolution),
+            "ss_tag_frequency": json.dumps(self.tags, ensure_ascii=False) if self.tags else "",
+            "ss_training_comment": f"trained with gesso {gesso.__version__}",
+        }
+        return {key: value for key, value in {**values, **self.training}.items() if value}

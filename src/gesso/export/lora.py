@@ -1,0 +1,320 @@
+"""Trained LoRA weights -> a file for diffusers, or for kohya's tools, ComfyUI and the web UIs.
+
+No file reaches its place before a fresh base model has loaded it through diffusers and answered like the trained one.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from gesso.core.batch import Geometry
+from gesso.core.folder import sync_folder, write_atomic
+from gesso.core.random import generator
+from gesso.core.runtime import Precision, Runtime
+from gesso.core.seams import Cond, Family, Parts
+from gesso.errors import ResourceError, UserError
+from gesso.export.about import About
+from gesso.families import lora_file, lora_names
+from gesso.families.lora_file import Format, LoRAFile, Pair, read
+
+__all__ = ["About", "Format", "LoRAFile", "Probe", "Verified", "convert", "export", "probe", "read", "verify"]
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_ROUNDING = {torch.float32: (1e-6, 0.0), torch.float16: (2.0**-10, 2.0**-24), torch.bfloat16: (2.0**-8, 0.0)}
+"""Relative and absolute change that a cast to each dtype may bring; fp16 loses small numbers absolutely."""
+_AGREEMENT = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
+"""How far predictions may differ, relative to the largest, where the coarser of file and model has each dtype."""
+_PROMPTS = ("a photo of a person, 3/4 view", "")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A model's answers to fixed inputs, on the CPU: text embeddings, and the denoiser's prediction under `cond`."""
+
+    text: Cond
+    cond: Cond
+    prediction: Tensor
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What a check of a written file found.
+
+    `text_error` and `error` are the largest deviations of embeddings and prediction from the trained model's, and
+    `effect` that of the base model without the LoRA, each relative to the largest value.
+    """
+
+    layers: int
+    text_error: float
+    error: float
+    effect: float
+
+
+def export(
+    path: Path,
+    state: Mapping[str, Tensor],
+    header: Mapping[str, str],
+    *,
+    format: Format,
+    precision: Precision,
+    about: About,
+    family: Family,
+    expected: Probe,
+    runtime: Runtime,
+    fold_alpha: bool = False,
+) -> Verified:
+    """Write the trained `state` (diffusers names, with its `header`) as a LoRA file, checked before it is in place.
+
+    `expected` is `probe` of the trained model, in the same runtime. `fold_alpha` multiplies alpha / rank into the
+    weights of a diffusers file, for readers that know no alpha. Raises `UserError` when the file does not load to the
+    same model (nothing is left then) and `ResourceError` when it cannot be written.
+    """
+    if path.suffix != ".safetensors":
+        raise UserError("a LoRA file's name must end in .safetensors", where=str(path), fix="change the output name")
+    trained = lora_file.parse(state, header, path=path)
+    parts = family.load(("denoiser", "text"), dtype=runtime.dtype, device=runtime.device)
+    modules = lora_names.modules(_networks(family, parts))
+    tensors, metadata = convert(
+        trained, format=format, dtype=_DTYPES[precision], modules=modules, about=about, fold_alpha=fold_alpha
+    )
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.safetensors")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(temporary, serialise(tensors, metadata))
+        report = verify(temporary, trained=trained, family=family, fresh=parts, expected=expected)
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise ResourceError(
+            f"the LoRA file cannot be written ({error.strerror})",
+            where=str(path),
+            fix="free space or choose another place",
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return report
+
+
+def convert(
+    trained: LoRAFile,
+    *,
+    format: Format,
+    dtype: torch.dtype,
+    modules: lora_names.Modules,
+    about: About,
+    fold_alpha: bool = False,
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header of a LoRA file; raises `UserError` for layers not in `modules` or numbers beyond `dtype`."""
+    pairs = trained.match(modules)
+    header = about.modelspec()
+    tensors: dict[str, Tensor] = {}
+    if format == "diffusers":
+        for layer, pair in pairs.items():
+            ready = lora_file.folded(pair) if fold_alpha else pair
+            tensors[f"{layer}.lora_A.weight"] = _cast(ready.down, dtype, layer)
+            tensors[f"{layer}.lora_B.weight"] = _cast(ready.up, dtype, layer)
+        settings = trained.metadata.get("lora_adapter_metadata")
+        if settings:
+            header["lora_adapter_metadata"] = _without_alpha(settings) if fold_alpha else settings
+        return tensors, {"format": "pt", **header}
+    names = lora_names.kohya(modules)
+    for layer, pair in pairs.items():
+        tensors[f"{names[layer]}.lora_down.weight"] = _cast(pair.down, dtype, layer)
+        tensors[f"{names[layer]}.lora_up.weight"] = _cast(pair.up, dtype, layer)
+        tensors[f"{names[layer]}.alpha"] = _alpha(pair, dtype)
+    training = about.kohya(rank=_common(p.rank for p in pairs.values()), alpha=_common(p.alpha for p in pairs.values()))
+    return tensors, {**training, **header, **hashes(tensors, training)}
+
+
+def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file whose bytes depend on its content alone: the library writes header keys in random order."""
+    raw = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(raw[8:start])}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + raw[start:]
+
+
+def hashes(tensors: Mapping[str, Tensor], training: Mapping[str, str]) -> dict[str, str]:
+    """The two hashes by which web UIs know a LoRA: of the data, and of 64 KiB at 1 MiB with only `ss_` header keys."""
+    file = serialise(tensors, {k: v for k, v in training.items() if k.startswith("ss_")})
+    data = file[8 + int.from_bytes(file[:8], "little") :]
+    window = io.BytesIO(file).getbuffer()[0x100000 : 0x100000 + 0x10000]
+    return {"sshs_model_hash": sha256(data).hexdigest(), "sshs_legacy_hash": sha256(window).hexdigest()[:8]}
+
+
+def probe(family: Family, parts: Parts) -> Probe:
+    """Answers to fixed prompts and a fixed noisy latent; the networks' modes are as found afterwards.
+
+    Where `parts` holds no text encoders they did not train, and the base model's are loaded for the moment.
+    """
+    return _probe(family, parts, cond=None)
+
+
+def verify(path: Path, *, trained: LoRAFile, family: Family, fresh: Parts, expected: Probe) -> Verified:
+    """Load a written file into fresh base networks as a user would, and compare with the trained model.
+
+    Every layer must be there with its weights and strength, and embeddings and prediction must agree within what the
+    dtypes allow. On any difference the file is deleted and `UserError` raised. `fresh` keeps the LoRA afterwards.
+    """
+    from diffusers.utils import logging
+
+    base = _probe(family, fresh, cond=expected.cond)
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        family.pipeline(fresh).load_lora_weights(str(path), adapter_name="export")
+        loaded = _loaded(family, fresh)
+        coarsest = _coarsest(path, fresh)
+        _compare_layers(trained.match(lora_names.modules(_networks(family, fresh))), loaded, coarsest)
+        again = _probe(family, fresh, cond=expected.cond)
+        report = Verified(
+            layers=len(loaded),
+            text_error=max(_deviation(again.text[k], expected.text[k]) for k in expected.text),
+            error=_deviation(again.prediction, expected.prediction),
+            effect=_deviation(base.prediction, expected.prediction),
+        )
+        limit = _AGREEMENT[coarsest[0]]
+        if not (report.error <= limit and report.text_error <= limit):
+            raise _Mismatch(
+                f"predictions differ by {report.error:.1e} and text embeddings by {report.text_error:.1e} of their "
+                f"largest value, where {limit:.0e} is allowed"
+            )
+    except (_Mismatch, ValueError, RuntimeError, KeyError, IndexError, TypeError) as error:
+        path.unlink(missing_ok=True)
+        raise UserError(
+            f"the exported LoRA does not reload as the trained model, so it was not kept: {str(error).splitlines()[0]}",
+            where=str(path),
+            fix="export in fp32 or in the other format; the checkpoint itself is untouched",
+        ) from error
+    finally:
+        logging.set_verbosity(level)
+    return report
+
+
+class _Mismatch(Exception):
+    """A reloaded file differs from the trained model."""
+
+
+def _networks(family: Family, parts: Parts) -> dict[str, Any]:
+    return dict(zip(family.part_names, [parts.denoiser, *parts.text_encoders], strict=False))
+
+
+def _probe(family: Family, parts: Parts, *, cond: Cond | None) -> Probe:
+    """`probe`, with the denoiser under a given condition, so that its error is its own."""
+    denoiser: Any = parts.denoiser
+    readers = parts
+    if not parts.text_encoders:
+        readers = family.load(("text",), dtype=denoiser.dtype, device=denoiser.device)
+    networks = [denoiser, *readers.text_encoders]
+    modes = [(module, module.training) for network in networks for module in network.modules()]
+    side, count = 16 * family.latent_factor, len(_PROMPTS)
+    shape = (count, int(denoiser.config.in_channels), 16, 16)
+    noisy = torch.from_numpy(generator(0, "export probe").standard_normal(shape)).to(denoiser.device, torch.float32)
+    try:
+        for network in networks:
+            network.eval()
+        with torch.no_grad():
+            text = family.encode_text(readers, list(_PROMPTS))
+            if cond is None:
+                cond = family.condition(text, [Geometry(side, side, 0, 0, side, side)] * count)
+            on_device = {k: v.to(denoiser.device) for k, v in cond.items()}
+            t = torch.full((count,), 500, device=denoiser.device)
+            prediction = family.predict(denoiser, noisy, t, on_device)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return Probe(
+        {k: v.float().cpu() for k, v in text.items()},
+        {k: v.cpu() for k, v in cond.items()},
+        prediction.float().cpu(),
+    )
+
+
+def _loaded(family: Family, parts: Parts) -> dict[str, Pair]:
+    """The LoRA layers that diffusers and peft put in place."""
+    from peft.tuners.lora import LoraLayer
+
+    found = {}
+    for part, network in _networks(family, parts).items():
+        layers: Any = network.named_modules()
+        for path, layer in layers:
+            if isinstance(layer, LoraLayer) and "export" in layer.lora_A:
+                a: Any = layer.lora_A["export"]
+                b: Any = layer.lora_B["export"]
+                pair = Pair(a.weight.detach(), b.weight.detach(), layer.scaling["export"])
+                found[lora_names.canonical(part, path)] = pair
+    return found
+
+
+def _compare_layers(trained: Mapping[str, Pair], loaded: Mapping[str, Pair], coarsest: list[torch.dtype]) -> None:
+    missing, unexpected = sorted(trained.keys() - loaded.keys()), sorted(loaded.keys() - trained.keys())
+    if missing or unexpected:
+        raise _Mismatch(
+            f"{len(missing)} layers are missing and {len(unexpected)} unexpected (first: {(missing + unexpected)[0]})"
+        )
+    relative = sum(_ROUNDING[dtype][0] for dtype in coarsest)
+    absolute = sum(_ROUNDING[dtype][1] for dtype in coarsest)
+    for name, pair in trained.items():
+        other = loaded[name]
+        for side, own, strength in (("down", pair.down, (1.0, 1.0)), ("up", pair.up, (pair.scale, other.scale))):
+            theirs = other.down if side == "down" else other.up
+            wanted, got = own.float().cpu() * strength[0], theirs.float().cpu() * strength[1]
+            if not torch.allclose(got, wanted, rtol=relative, atol=absolute * max(*strength, 1.0)):
+                raise _Mismatch(f"the weights or the strength of {name} changed ({side})")
+
+
+def _coarsest(path: Path, parts: Parts) -> list[torch.dtype]:
+    """The dtypes of the file and of the model it was loaded into, the coarser first."""
+    assert parts.denoiser is not None
+    pairs = read(path).pairs.values()
+    dtypes = [next(iter(pairs)).up.dtype, next(parts.denoiser.parameters()).dtype]
+    return sorted(dtypes, key=lambda dtype: -_AGREEMENT[dtype])
+
+
+def _deviation(tensor: Tensor, reference: Tensor) -> float:
+    return float((tensor - reference).abs().max() / reference.abs().max())
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype, layer: str) -> Tensor:
+    cast = tensor.detach().cpu().to(dtype)
+    if not torch.isfinite(cast).all():
+        raise UserError(
+            f"the trained weights of {layer} do not fit into {dtype}".replace("torch.", ""),
+            fix="export in bf16 or fp32" if torch.isfinite(tensor).all() else "use an earlier checkpoint",
+        )
+    return cast
+
+
+def _alpha(pair: Pair, dtype: torch.dtype) -> Tensor:
+    """kohya's 0-d alpha in the file's dtype, or in float32 where that would change it."""
+    exact = torch.tensor(pair.alpha, dtype=torch.float32)
+    return exact.to(dtype) if exact.to(dtype).float() == exact else exact
+
+
+def _common(values: Any) -> str:
+    """The one value of all layers, or kohya's word for several."""
+    found = {float(v) for v in values}
+    return f"{found.pop():g}" if len(found) == 1 else "Dynamic"
+
+
+def _without_alpha(settings: str) -> str:
+    """peft's settings with alpha = rank everywhere."""
+    content = json.loads(settings)
+    for part in {key.split(".")[0] for key in content}:
+        content[f"{part}.lora_alpha"] = content[f"{part}.r"]
+        content[f"{part}.alpha_pattern"] = content.get(f"{part}.rank_pattern", {})
+        content[f"{part}.use_rslora"] = False
+    return json.dumps(content, indent=2, sort_keys=True)

@@ -1,0 +1,290 @@
+"""The map of a run: prepare -> train -> export, in plain order. Each stage is a few calls into the parts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gesso.config import files
+from gesso.config.run import RunConfig
+from gesso.core.batch import Batch
+from gesso.core.events import Event, Failed, Finished, Progress, RunStarted, Saved, Validated, Warned
+from gesso.core.folder import RunFolder, write_atomic, write_json
+from gesso.core.provenance import provenance
+from gesso.core.runtime import Runtime
+from gesso.core.seams import Emit, Parts
+from gesso.core.signals import stop_requests
+from gesso.data import index as dataset
+from gesso.data.buckets import Plan
+from gesso.data.cache import LatentCache, Store, TextCache
+from gesso.data.loader import Loader
+from gesso.errors import Interrupted, NumericError, UserError
+from gesso.evaluation import preview
+from gesso.evaluation import sample as sampling
+from gesso.evaluation.preview import Previewer
+from gesso.trackers import Jsonl, Trackers
+from gesso.training import checkpoint, loop, validation
+from gesso.training import resume as continuity
+from gesso.training.checkpoint import Snapshot
+from gesso.training.loop import Action
+from gesso.training.session import Session, text_encoder_rates
+
+Stopping = Callable[[], bool]
+
+
+def ignore(event: Event) -> None:
+    """An event sink that drops everything."""
+
+
+def train(run: RunConfig, *, resume: str | None = None, accept: Collection[str] = (), emit: Emit = ignore) -> Path:
+    """Carry out a run from its images to its LoRA file; returns the run folder.
+
+    `resume` is "latest" or a checkpoint folder; `accept` names changed settings that are meant. Raises `UserError`
+    and its kinds; `Interrupted` after a SIGTERM or Ctrl-C, with everything saved.
+    """
+    began = time.monotonic()
+    folder = RunFolder(run.folder.expanduser().absolute())
+    folder.prepare()
+    with folder.held(), stop_requests() as stopping:
+        store = checkpoint.Store(folder.path, run.checkpoint, warn=lambda text: emit(Warned(0, text)))
+        store.sweep()
+        start = _starting_point(store, resume, emit)
+        with _Log(run, folder, store, start, stopping, emit) as tell:
+            runtime = Runtime.detect(run.training.precision, run.training.device)
+            data = prepare(run, folder, runtime, tell)
+            identity = continuity.identity(run, hashes=data.hashes)
+            if start is not None:
+                _check_identity(start, identity, accept, tell)
+            _record(run, folder, identity)
+            session = Session.build(run, data.parts, runtime)
+            if start is not None:
+                session.restore(start)
+            last = _learn(run, session, data, store, identity, runtime, stopping, tell)
+            if stopping():
+                raise Interrupted(
+                    f"stopped after step {session.learner.step} as asked; everything is saved",
+                    where=str(folder.path),
+                    fix=f"go on with: gesso train {folder.config} --resume latest",
+                )
+            outputs = {"run folder": str(folder.path), "checkpoint": str(last)}
+            tell(Finished(session.learner.step, time.monotonic() - began, runtime.peak_memory(), outputs))
+    return folder.path
+
+
+# Prepare: pictures and captions become cached encodings and a stream of batches.
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The data of a run, encoded, and the networks that are still needed."""
+
+    stream: Loader
+    held_out: list[Batch]
+    samples: int
+    previewer: Previewer | None
+    parts: Parts
+    hashes: dict[str, str]
+
+
+def prepare(run: RunConfig, folder: RunFolder, runtime: Runtime, tell: Emit) -> Prepared:
+    """Index the pictures, plan every step, encode what is not cached yet, and let go of the encoders."""
+    family = run.model
+    index = dataset.build(run.data, progress=lambda done, all_: tell(Progress(0, "reading images", done, all_)))
+    batch_size, accumulation = run.training.batch_size, run.training.accumulation
+    plan = Plan(
+        index.rows,
+        data=run.data,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        seed=run.seed,
+        multiple=family.latent_factor,
+    )
+    for notice in [*index.notices, *plan.notices]:
+        tell(Warned(0, notice))
+    total = run.training.total_steps(plan.steps_per_epoch)
+    hashes = {"data": index.fingerprint} | {name: family.fingerprint(name) for name in ("denoiser", "vae", "text")}
+
+    parts = family.load({"vae", "text"}, dtype=runtime.dtype, device=runtime.device)
+    _warn_of_cut_captions(run, parts, plan, tell)
+    store = Store(dataset.cache_folder(run.data) / "encodings")
+    latents = LatentCache(store, fingerprint=hashes["vae"], dtype=torch.float32, background=run.data.background)
+    latents.fill(plan.renditions(range(total)), family=family, parts=parts, device=runtime.device, emit=tell)
+    live_text = bool(text_encoder_rates(run))
+    text = None if live_text else TextCache(store, fingerprint=hashes["text"], dtype=runtime.dtype)
+    if text is not None:
+        text.fill(plan.captions, family=family, parts=parts, emit=tell)
+
+    shots = preview.shots(run)
+    embeddings = sampling.encode(family.pipeline(parts), shots) if shots and not live_text else None
+    previewer = Previewer(shots, embeddings, folder, model=family.base) if shots else None
+    parts.vae = parts.vae.to("cpu") if previewer and parts.vae else None
+    if not live_text:
+        parts.text_encoders, parts.tokenizers = [], []
+    runtime.release()
+    stream = Loader(plan, latents=latents, text=text, family=family, workers=run.data.workers, stop=total)
+    held_out = stream.validation_batches(run.validation.timesteps)
+    return Prepared(stream, held_out, plan.visits_per_epoch, previewer, parts, hashes)
+
+
+def _warn_of_cut_captions(run: RunConfig, parts: Parts, plan: Plan, tell: Emit) -> None:
+    if cut := run.model.overlong(parts.tokenizers, plan.captions):
+        example = cut[0][:60]
+        tell(
+            Warned(
+                0,
+                f"{len(cut)} of {len(plan.captions)} captions are longer than the text encoders read and lose their "
+                f"end, such as '{example}...'. Shorten them, or set model.long_prompts to chunk",
+            )
+        )
+
+
+# Train: the loop, and what happens between its steps.
+
+
+def _learn(
+    run: RunConfig,
+    session: Session,
+    data: Prepared,
+    store: checkpoint.Store,
+    identity: Mapping[str, Any],
+    runtime: Runtime,
+    stopping: Stopping,
+    tell: Emit,
+) -> Path:
+    """Run the loop with its actions; returns the last checkpoint."""
+
+    def validate(step: int) -> None:
+        if data.held_out:
+            loss = validation.measure(run.objective, session.policy, data.held_out, runtime)
+            tell(Validated(step, loss, len(data.held_out)))
+
+    def show(step: int) -> None:
+        if data.previewer is not None:
+            _draw_previews(session, data.previewer, runtime, step, tell)
+
+    def save(step: int) -> None:
+        began = time.monotonic()
+        path = store.save(session.snapshot(identity))
+        tell(Saved(step, str(path), time.monotonic() - began))
+
+    every = run.checkpoint.every
+    actions = [
+        Action(run.validation.every or every, validate),
+        Action(run.preview.every or every, show),
+        Action(every, save),
+    ]
+    total = run.training.total_steps(data.stream.steps_per_epoch)
+    with data.stream:
+        tell(RunStarted(session.learner.step, total, data.samples, str(store.folder), run.model_dump(mode="json")))
+        if session.learner.step == 0:
+            validate(0)
+            show(0)
+        loop.fit(
+            run,
+            policy=session.policy,
+            learner=session.learner,
+            stream=data.stream,
+            runtime=runtime,
+            actions=actions,
+            emit=tell,
+            stopping=stopping,
+        )
+    last = store.folder / f"checkpoint-{session.learner.step}"
+    if not last.exists():
+        save(session.learner.step)
+    return last
+
+
+def _draw_previews(session: Session, previewer: Previewer, runtime: Runtime, step: int, tell: Emit) -> None:
+    """Draw with the model as it is, then put everything back; a picture that fails does not stop the run."""
+    parts = session.parts
+    assert parts.vae is not None
+    parts.vae.to(runtime.device)
+    try:
+        with session.as_sampled():
+            tell(previewer.draw(session.run.model.pipeline(parts), step))
+    except NumericError as error:
+        tell(Warned(step, f"no previews at step {step}: {error.what}"))
+    finally:
+        parts.vae.to("cpu")
+        runtime.release()
+
+
+# Where a run starts, and what it leaves behind.
+
+
+def _starting_point(store: checkpoint.Store, resume: str | None, emit: Emit) -> Snapshot | None:
+    if resume is None:
+        if existing := store.all():
+            raise UserError(
+                f"this folder already holds a run ({existing[-1].name})",
+                where=str(store.folder),
+                fix="go on with it: --resume latest; or start another: --output OTHER_FOLDER",
+            )
+        return None
+    if resume != "latest":
+        return checkpoint.load(Path(resume).expanduser())
+    path, refused = store.newest()
+    for bad, problems in refused.items():
+        emit(Warned(0, f"{bad.name} is damaged and is passed over: {'; '.join(problems)}"))
+    if path is not None:
+        return checkpoint.load(path)
+    if refused:
+        raise UserError(
+            "no checkpoint of this run is whole",
+            where=str(store.folder),
+            fix="start again in another folder with --output; the damaged ones are kept",
+        )
+    emit(Warned(0, "there is no checkpoint yet: starting at step 0"))
+    return None
+
+
+def _check_identity(start: Snapshot, now: Mapping[str, Any], accept: Collection[str], tell: Emit) -> None:
+    found = continuity.changes(start.position["identity"], now)
+    continuity.refuse(found, accept)
+    for change in found:
+        tell(Warned(start.step, f"changed since the checkpoint: {change}"))
+
+
+def _record(run: RunConfig, folder: RunFolder, identity: Mapping[str, Any]) -> None:
+    write_atomic(folder.config, files.dump(run).encode())
+    write_json(folder.lock_file, provenance() | {"identity": dict(identity)})
+
+
+class _Log:
+    """The run's trackers as a context: what is told goes to them and to the caller, failures included."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        folder: RunFolder,
+        store: checkpoint.Store,
+        start: Snapshot | None,
+        stopping: Stopping,
+        emit: Emit,
+    ) -> None:
+        self._step = start.step if start else 0
+        self._trackers = Trackers(Jsonl(folder, started_at=self._step), run.trackers, folder, name=run.name, warn=emit)
+        self._store, self._stopping, self._emit = store, stopping, emit
+
+    def __enter__(self) -> Emit:
+        return self._tell
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            code = error.exit_code if isinstance(error, UserError) else 75 if kind is KeyboardInterrupt else 1
+            message = error.what if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            self._tell(Failed(self._step, message, code, resumable=bool(self._store.all())))
+        self._trackers.close()
+
+    def _tell(self, event: Event) -> None:
+        if isinstance(event, Progress) and self._stopping():
+            raise Interrupted("stopped as asked, before training began", fix="start it again; what is cached is kept")
+        self._step = max(self._step, event.step)
+        self._trackers.handle(event)
+        self._emit(event)

@@ -1,0 +1,102 @@
+"""One training in memory: networks, adapter, optimiser and average, and how they are saved and restored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from gesso.config.run import RunConfig
+from gesso.core.runtime import Runtime
+from gesso.core.seams import Attached, Parts
+from gesso.errors import UserError
+from gesso.training import memory, optim
+from gesso.training.checkpoint import Snapshot
+from gesso.training.ema import Average
+from gesso.training.loop import Learner
+from gesso.training.policy import LivePolicy
+
+
+@dataclass
+class Session:
+    """A model with its adapter attached, ready to train."""
+
+    run: RunConfig
+    parts: Parts
+    adapter: Attached
+    policy: LivePolicy
+    learner: Learner
+
+    @classmethod
+    def build(cls, run: RunConfig, parts: Parts, runtime: Runtime) -> Session:
+        """Load the denoiser into `parts`, attach the adapter and make the optimiser."""
+        rates = text_encoder_rates(run)
+        parts.denoiser = run.model.load({"denoiser"}, dtype=runtime.dtype, device=runtime.device).denoiser
+        memory.prepare(parts, run.training)
+        adapter = run.adapter.attach(parts, run.model, seed=run.seed, text_encoders=tuple(rates))
+        denoiser, *encoders = run.model.part_names
+        rate_of = {denoiser: run.training.learning_rate} | {encoders[i]: rate for i, rate in rates.items()}
+        groups = [
+            optim.FlatGroup.of(part, parameters, learning_rate=rate_of[part])
+            for part, parameters in adapter.parameters().items()
+        ]
+        learner = Learner(
+            groups=groups,
+            optimizer=optim.build(run.training.optimizer, groups),
+            average=Average(run.training.ema, groups) if run.training.ema.enabled else None,
+            scaler=runtime.scaler(),
+        )
+        return cls(run, parts, adapter, LivePolicy(run.model, parts, adapter), learner)
+
+    def snapshot(self, identity: Mapping[str, Any]) -> Snapshot:
+        """Everything a checkpoint holds."""
+        learner = self.learner
+        return Snapshot(
+            step=learner.step,
+            weights=self.adapter.state(),
+            metadata=self.adapter.metadata(),
+            optimizer=optim.state(learner.optimizer, learner.groups),
+            average=learner.average.state() if learner.average else None,
+            position={"scaler": learner.scaler.state_dict(), "identity": dict(identity)},
+        )
+
+    def restore(self, saved: Snapshot) -> None:
+        """Go on from a checkpoint; raises `UserError` where it does not fit this run."""
+        learner = self.learner
+        self.adapter.restore(saved.weights)
+        optim.restore(learner.optimizer, learner.groups, saved.optimizer)
+        if learner.average is not None:
+            if saved.average is None:
+                raise UserError(
+                    "the checkpoint holds no averaged weights",
+                    where="training.ema.enabled",
+                    fix="set it to false, as in the run that was saved",
+                )
+            learner.average.restore(saved.average)
+        learner.scaler.load_state_dict(saved.position["scaler"])
+        learner.step = saved.step
+
+    @contextmanager
+    def as_sampled(self) -> Iterator[None]:
+        """Inside, the model is as pictures should show it: averaged if the run says so, dropout off."""
+        average = self.learner.average
+        averaged = average.in_place() if average and self.run.training.ema.use_for_samples else nullcontext()
+        with averaged, self.policy.evaluating():
+            yield
+
+
+def text_encoder_rates(run: RunConfig) -> dict[int, float]:
+    """Learning rate of each text encoder that trains, by index; an encoder with rate 0 is left alone."""
+    if not run.adapter.train_text_encoders:
+        return {}
+    count = len(run.model.part_names) - 1
+    rates = run.training.text_encoder_learning_rates or (run.training.learning_rate,)
+    if len(rates) not in {1, count}:
+        raise UserError(
+            f"{len(rates)} learning rates for {count} text encoders",
+            where="training.text_encoder_learning_rates",
+            fix=f"give one number for all of them, or {count}",
+        )
+    each = rates * count if len(rates) == 1 else rates
+    return {i: rate for i, rate in enumerate(each) if rate > 0}
