@@ -1,3 +1,35 @@
-"""Gesso fine-tunes diffusion image models."""
+"""Gesso fine-tunes diffusion image models.
+
+    run = gesso.load_run("run.yaml")
+    gesso.train(run)
+
+Names are imported when they are first used, so that `import gesso` loads neither torch nor diffusers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gesso.api import DiffusionTrainer, SDXLEngine, StoryboardDataset, collate_fn, export, load_run, sample, train
 
 __version__ = "0.1.0"
+__all__ = [
+    "DiffusionTrainer",
+    "SDXLEngine",
+    "StoryboardDataset",
+    "collate_fn",
+    "export",
+    "load_run",
+    "sample",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return vars(import_module("gesso.api"))[name]
+    raise AttributeError(f"module 'gesso' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from gesso.config import files
 from gesso.config.run import RunConfig
+from gesso.core import checkpoints
 from gesso.core.batch import Batch
 from gesso.core.events import Event, Failed, Finished, Progress, RunStarted, Saved, Validated, Warned
 from gesso.core.folder import RunFolder, write_atomic, write_json
 from gesso.core.provenance import provenance
-from gesso.core.runtime import Runtime
+from gesso.core.runtime import Precision, Runtime
 from gesso.core.seams import Emit, Parts
 from gesso.core.signals import stop_requests
 from gesso.data import index as dataset
@@ -27,6 +30,9 @@ from gesso.errors import Interrupted, NumericError, UserError
 from gesso.evaluation import preview
 from gesso.evaluation import sample as sampling
 from gesso.evaluation.preview import Previewer
+from gesso.evaluation.sample import Shot
+from gesso.export import lora
+from gesso.export.lora import About, Format
 from gesso.trackers import Jsonl, Trackers
 from gesso.training import checkpoint, loop, validation
 from gesso.training import resume as continuity
@@ -54,7 +60,7 @@ def train(run: RunConfig, *, resume: str | None = None, accept: Collection[str] 
         store = checkpoint.Store(folder.path, run.checkpoint, warn=lambda text: emit(Warned(0, text)))
         store.sweep()
         start = _starting_point(store, resume, emit)
-        with _Log(run, folder, store, start, stopping, emit) as tell:
+        with _Log(run, folder, start, stopping, emit) as tell:
             runtime = Runtime.detect(run.training.precision, run.training.device)
             data = prepare(run, folder, runtime, tell)
             identity = continuity.identity(run, hashes=data.hashes)
@@ -71,7 +77,9 @@ def train(run: RunConfig, *, resume: str | None = None, accept: Collection[str] 
                     where=str(folder.path),
                     fix=f"go on with: gesso train {folder.config} --resume latest",
                 )
-            outputs = {"run folder": str(folder.path), "checkpoint": str(last)}
+            session.release()
+            lora = export(str(last), format="kohya", output=folder.path / f"{run.name}.safetensors")
+            outputs = {"run folder": str(folder.path), "checkpoint": str(last), "LoRA": str(lora)}
             tell(Finished(session.learner.step, time.monotonic() - began, runtime.peak_memory(), outputs))
     return folder.path
 
@@ -215,21 +223,130 @@ def _draw_previews(session: Session, previewer: Previewer, runtime: Runtime, ste
         runtime.release()
 
 
+# Use: pictures and files from what was trained.
+
+
+def sample(
+    target: str,
+    *,
+    prompts: Sequence[str],
+    loras: Sequence[tuple[str, float]] = (),
+    negative: str = "",
+    seed: int = 0,
+    steps: int = 25,
+    guidance: float = 7.0,
+    width: int | None = None,
+    height: int | None = None,
+    count: int = 1,
+    output: Path = Path("out.png"),
+    device: str | None = None,
+    precision: Precision | None = None,
+) -> list[Path]:
+    """Draw `count` pictures of each prompt; returns their files, and last a grid when there are several.
+
+    `target` is a run, a checkpoint or a model; picture i of all uses seed + i.
+    """
+    runtime = Runtime.for_inference(precision, device)
+    pipeline, label = sampling.open_pipeline(target, loras=loras, runtime=runtime)
+    side = pipeline.default_sample_size * pipeline.vae_scale_factor
+    shots = [
+        Shot(prompt, negative, seed + i, steps, guidance, width or side, height or side)
+        for i, prompt in enumerate(prompt for prompt in prompts for _ in range(count))
+    ]
+    several = len(shots) > 1
+    files = [output.with_stem(f"{output.stem}-{i:02d}") if several else output for i in range(len(shots))]
+    pictures = sampling.draw(pipeline, shots)
+    for file, shot, picture in zip(files, shots, pictures, strict=True):
+        sampling.save_png(picture, file, sampling.settings(shot, pipeline=pipeline, model=label))
+    if several:
+        sheet = sampling.grid(pictures, columns=count if count > 1 else 4, labels=[shot.prompt for shot in shots])
+        sampling.save_png(sheet, output, {"prompts": list(prompts), "seed": seed, "model": label})
+        files.append(output)
+    return files
+
+
+def export(
+    target: str,
+    *,
+    format: Format = "diffusers",
+    output: Path | None = None,
+    use_ema: bool | None = None,
+    precision: Precision = "fp16",
+    hub_repo: str | None = None,
+    device: str | None = None,
+) -> Path:
+    """Write the trained weights of a run or checkpoint as one LoRA file, proven by loading it into a fresh base.
+
+    `use_ema` empty takes what the run samples with. With `hub_repo` the file is pushed with a model card.
+    """
+    run, weights = sampling.trained(target, use_ema=use_ema)
+    family = run.model
+    path = output or weights.parent / f"{run.name}-{format}.safetensors"
+    runtime = Runtime.for_inference(run.training.precision, device or run.training.device)
+    parts = family.load({"denoiser", "text"}, dtype=runtime.dtype, device=runtime.device)
+    adapter = run.adapter.attach(parts, family, seed=run.seed, text_encoders=tuple(text_encoder_rates(run)))
+    adapter.restore(load_file(weights))
+    expected = lora.probe(family, parts)
+    state = {name: tensor.cpu() for name, tensor in adapter.state().items()}
+    header = adapter.metadata()
+    del parts, adapter  # a second copy of the base model is loaded next
+    runtime.release()
+    lora.export(
+        path,
+        state,
+        header,
+        format=format,
+        precision=precision,
+        about=_about(run),
+        family=family,
+        expected=expected,
+        runtime=runtime,
+    )
+    if hub_repo is not None:
+        from gesso.export import hub
+
+        hub.publish(path, run, about=_about(run), repo=hub_repo)
+    return path
+
+
+def _about(run: RunConfig) -> About:
+    """What an exported file says of the run it comes from."""
+    training, triggers = run.training, [source.trigger for source in run.data.sources if source.trigger]
+    return About(
+        title=run.name,
+        architecture=run.model.architecture,
+        base=run.model.base,
+        prediction=run.model.noise.prediction,
+        resolution=(run.data.resolution, run.data.resolution),
+        trigger=", ".join(dict.fromkeys(triggers)),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        training={
+            "ss_learning_rate": str(training.learning_rate),
+            "ss_seed": str(run.seed),
+            "ss_batch_size_per_device": str(training.batch_size),
+            "ss_gradient_accumulation_steps": str(training.accumulation),
+            "ss_mixed_precision": training.precision,
+            "ss_lr_scheduler": training.schedule.type,
+            "ss_optimizer": training.optimizer.type,
+        },
+    )
+
+
 # Where a run starts, and what it leaves behind.
 
 
 def _starting_point(store: checkpoint.Store, resume: str | None, emit: Emit) -> Snapshot | None:
     if resume is None:
-        if existing := store.all():
+        if existing := checkpoints.listed(store.folder):
             raise UserError(
-                f"this folder already holds a run ({existing[-1].name})",
+                f"this folder already holds a run (checkpoint-{max(existing)})",
                 where=str(store.folder),
                 fix="go on with it: --resume latest; or start another: --output OTHER_FOLDER",
             )
         return None
     if resume != "latest":
         return checkpoint.load(Path(resume).expanduser())
-    path, refused = store.newest()
+    path, refused = checkpoints.newest(store.folder)
     for bad, problems in refused.items():
         emit(Warned(0, f"{bad.name} is damaged and is passed over: {'; '.join(problems)}"))
     if path is not None:
@@ -263,14 +380,13 @@ class _Log:
         self,
         run: RunConfig,
         folder: RunFolder,
-        store: checkpoint.Store,
         start: Snapshot | None,
         stopping: Stopping,
         emit: Emit,
     ) -> None:
         self._step = start.step if start else 0
         self._trackers = Trackers(Jsonl(folder, started_at=self._step), run.trackers, folder, name=run.name, warn=emit)
-        self._store, self._stopping, self._emit = store, stopping, emit
+        self._folder, self._stopping, self._emit = folder, stopping, emit
 
     def __enter__(self) -> Emit:
         return self._tell
@@ -279,7 +395,7 @@ class _Log:
         if error is not None:
             code = error.exit_code if isinstance(error, UserError) else 75 if kind is KeyboardInterrupt else 1
             message = error.what if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            self._tell(Failed(self._step, message, code, resumable=bool(self._store.all())))
+            self._tell(Failed(self._step, message, code, resumable=bool(checkpoints.listed(self._folder.path))))
         self._trackers.close()
 
     def _tell(self, event: Event) -> None:

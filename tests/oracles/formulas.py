@@ -16,7 +16,7 @@ import numpy as np
 
 
 def betas(schedule: str, first: float, last: float, count: int) -> np.ndarray:
-    """Variance schedule [T]: `linear` (Ho et al. 2020) or `scaled_linear` (Rombach et al. 2022: linear in sqrt beta)."""
+    """Variance schedule [T]: `linear` (Ho et al. 2020) or `scaled_linear` (Rombach et al. 2022: in sqrt beta)."""
     ramp = np.arange(count, dtype=np.float64) / (count - 1)
     if schedule == "linear":
         return first + (last - first) * ramp

@@ -27,8 +27,8 @@ def recover_target(objective: Denoise, policy_noise: object, batch: object) -> t
         kept.append(torch.zeros_like(noisy, requires_grad=True))
         return kept[0]
 
-    policy = FunctionPolicy(policy_noise, network)  # type: ignore[arg-type]
-    objective.loss(policy, batch).sum().backward()  # type: ignore[arg-type]
+    policy = FunctionPolicy(policy_noise, network)
+    objective.loss(policy, batch).sum().backward()
     grad = kept[0].grad
     assert grad is not None
     return policy.noisy, -grad * grad[0].numel() / 2
@@ -46,7 +46,7 @@ def test_loss_value(prediction: str, kind: str, gamma: float | None) -> None:
     weights = np.random.default_rng(4).uniform(0.1, 3, 1000).astype(np.float32)
     batch = make_batch(latents, noise, (np.arange(1000) + 0.5) / 1000, weights=weights)
     t = np.arange(1000)
-    policy = FunctionPolicy(ddpm(prediction), lambda noisy, _t: torch.from_numpy(answer))
+    policy = FunctionPolicy(ddpm(prediction), lambda _noisy, _t: torch.from_numpy(answer))
     found = Denoise(loss_type=kind, huber_delta=0.3, min_snr_gamma=gamma).loss(policy, batch)
     assert found.shape == (1000,)
     assert found.dtype == torch.float32
@@ -64,7 +64,7 @@ def test_low_precision_answers_cost_float32_losses(dtype: torch.dtype) -> None:
     latents, noise = normal(5, 64, 4, 8, 8), normal(6, 64, 4, 8, 8)
     answer = torch.from_numpy(noise + 0.05 * normal(7, 64, 4, 8, 8)).to(dtype)
     batch = make_batch(latents, noise, (np.arange(64) + 0.5) / 64, dtype=torch.float32)
-    found = Denoise().loss(FunctionPolicy(ddpm(), lambda noisy, _t: answer), batch)
+    found = Denoise().loss(FunctionPolicy(ddpm(), lambda _noisy, _t: answer), batch)
     wanted = formulas.per_sample("l2", answer.double().numpy(), noise)
     assert formulas.relative(found.double().numpy(), wanted) < 1e-6
 
@@ -84,7 +84,7 @@ def test_huber_is_quadratic_near_zero_and_linear_far_away() -> None:
     noise = normal(10, 2, 1, 1, 1)
     batch = make_batch(np.zeros_like(noise), noise, np.array([0.3, 0.3]))
     step = torch.tensor([1e-3, 50.0]).view(2, 1, 1, 1)
-    policy = FunctionPolicy(ddpm(), lambda noisy, _t: torch.from_numpy(noise) + step)
+    policy = FunctionPolicy(ddpm(), lambda _noisy, _t: torch.from_numpy(noise) + step)
     near, far = Denoise(loss_type="huber", huber_delta=delta).loss(policy, batch).tolist()
     assert near == pytest.approx(1e-6, rel=0.02)  # d^2, float32 cancellation included
     assert far == pytest.approx(2 * delta * 50, rel=0.01)
@@ -150,9 +150,9 @@ def test_offset_and_perturbation_are_different_numbers() -> None:
     batch = plain_batch(500, 1)  # one cell: an offset and a perturbation then have the same shape
     noisy, target = recover_target(Denoise(noise_offset=1.0, input_perturbation=1.0), ddpm(), batch)
     sigma = float(np.sqrt(1 - ABAR[500]))
-    extra, offset = (noisy / sigma - target).flatten().numpy(), (target - batch.noise).flatten().numpy()  # type: ignore[attr-defined]
+    extra, offset = (noisy / sigma - target).flatten().numpy(), (target - batch.noise).flatten().numpy()
     assert abs(np.corrcoef(extra, offset)[0, 1]) < 5 / np.sqrt(extra.size)
-    assert abs(np.corrcoef(extra, batch.noise.flatten().numpy())[0, 1]) < 5 / np.sqrt(extra.size)  # type: ignore[attr-defined]
+    assert abs(np.corrcoef(extra, batch.noise.flatten().numpy())[0, 1]) < 5 / np.sqrt(extra.size)
 
 
 # --------------------------------------------------------------------------- timesteps
@@ -231,8 +231,8 @@ def test_gradient_does_not_depend_on_the_batch_split(dtype: torch.dtype, toleran
         network = SmallNet(dtype)
         for part in parts:
             policy = FunctionPolicy(ddpm(), network)
-            (FULL.loss(policy, rows(batch, part)).to(dtype).sum() / 12).backward()  # type: ignore[arg-type]
-        return np.concatenate([p.grad.double().numpy().ravel() for p in network.parameters()])  # type: ignore[union-attr]
+            (FULL.loss(policy, rows(batch, part)).to(dtype).sum() / 12).backward()
+        return np.concatenate([p.grad.double().numpy().ravel() for p in network.parameters()])
 
     whole = gradient([list(range(12))])
     assert np.linalg.norm(whole) > 1e-3
@@ -252,7 +252,7 @@ def test_loss_of_a_sample_does_not_depend_on_its_batch_mates() -> None:
 
     def losses(part: list[int]) -> Tensor:
         policy = FunctionPolicy(ddpm(), lambda noisy, t: noisy * 0.9 - 0.1 * (t / 1000).float()[:, None, None, None])
-        return FULL.loss(policy, rows(batch, part))  # type: ignore[arg-type]
+        return FULL.loss(policy, rows(batch, part))
 
     whole = losses(list(range(12)))
     assert whole.unique().numel() == 12
@@ -262,15 +262,15 @@ def test_loss_of_a_sample_does_not_depend_on_its_batch_mates() -> None:
 
 def test_weights_scale_each_sample_alone() -> None:
     batch = split_batch()
-    alone = make_batch(batch.latents.numpy(), batch.noise.numpy(), batch.u.numpy())  # type: ignore[attr-defined]
+    alone = make_batch(batch.latents.numpy(), batch.noise.numpy(), batch.u.numpy())
     policy = FunctionPolicy(ddpm(), zero_answer)
-    weighted, plain = FULL.loss(policy, batch), FULL.loss(policy, alone)  # type: ignore[arg-type]
-    assert torch.equal(weighted, plain * batch.weights)  # type: ignore[attr-defined]
+    weighted, plain = FULL.loss(policy, batch), FULL.loss(policy, alone)
+    assert torch.equal(weighted, plain * batch.weights)
 
 
 def test_gradient_against_finite_differences() -> None:
     """The derivative of the summed loss along a random direction, by central differences in a float64 network."""
-    batch = rows(split_batch(), [0, 3, 7])  # type: ignore[arg-type]
+    batch = rows(split_batch(), [0, 3, 7])
     objective = Denoise(min_snr_gamma=5.0, noise_offset=0.1)
     network = SmallNet(torch.float64)
     direction = [torch.from_numpy(normal(40 + i, *p.shape)).double() for i, p in enumerate(network.parameters())]
@@ -279,7 +279,7 @@ def test_gradient_against_finite_differences() -> None:
         return objective.loss(FunctionPolicy(ddpm("v_prediction"), network), batch).double().sum()
 
     loss().backward()
-    slope = sum(float((p.grad * d).sum()) for p, d in zip(network.parameters(), direction, strict=True))  # type: ignore[operator]
+    slope = sum(float((p.grad * d).sum()) for p, d in zip(network.parameters(), direction, strict=True))
 
     def moved(amount: float) -> float:
         with torch.no_grad():

@@ -68,7 +68,7 @@ def merge(parts: Parts, state: dict[str, Tensor], *, alpha: float) -> int:
         weight = modules[layer if layer in modules else layer.removeprefix("text_model.")].weight
         up = state[f"{path}.lora_B.weight"]
         grown = formulas.lora_merge(weight.double().numpy(), down.numpy(), up.numpy(), alpha=alpha)
-        weight.data.copy_(torch.from_numpy(grown))  # type: ignore[union-attr, operator]
+        weight.data.copy_(torch.from_numpy(grown))
         merged += 1
     return merged
 
@@ -147,7 +147,7 @@ def test_one_layer_equals_the_merged_weight(family: SDXL, rank: int, alpha: floa
     parts = loaded(family)
     assert parts.denoiser is not None
     name, plain = next((n, m) for n, m in parts.denoiser.named_modules() if n.endswith("attn2.to_out.0"))
-    weight, bias = plain.weight.double().numpy(), plain.bias.double().numpy()  # type: ignore[union-attr, operator]
+    weight, bias = plain.weight.double().numpy(), plain.bias.double().numpy()
     attached = LoRA(rank=rank, alpha=alpha).attach(parts, family, seed=0)
     fill(attached, 0.5)
     layer = dict(parts.denoiser.named_modules())[name]
@@ -312,18 +312,18 @@ def test_fused_layer_takes_strided_inputs_and_gradients() -> None:
 
 def test_fused_layer_does_not_write_to_what_it_is_given() -> None:
     x, w, c, a, b = matrices(torch.float64, bias=True)
-    before = [v.detach().clone() for v in (x, w, c, a, b)]  # type: ignore[union-attr]
+    before = [v.detach().clone() for v in (x, w, c, a, b)]
     out = LoRALinear.apply(x, w, c, a, b, 0.7)
     seed = torch.ones_like(out)
     out.backward(seed)
     for now, then in zip((x, w, c, a, b), before, strict=True):
-        assert torch.equal(now.detach(), then)  # type: ignore[union-attr]
+        assert torch.equal(now.detach(), then)
     assert torch.equal(seed, torch.ones_like(seed))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_fused_layer_in_the_compute_dtype(dtype: torch.dtype) -> None:
-    """Frozen weights and activations in bf16, matrices in float32: gradients come back float32, right to bf16's rounding."""
+    """Frozen weights and activations in bf16, matrices in float32: float32 gradients, right to bf16 rounding."""
     generator = np.random.default_rng(4)
     x, w, a, b, seed = (
         torch.from_numpy(generator.standard_normal(shape)) for shape in [(64, 96), (80, 96), (8, 96), (80, 8), (64, 80)]
@@ -350,7 +350,7 @@ def test_gradient_of_the_whole_unet(family: SDXL, checkpointing: bool) -> None:
     attached = LoRA(rank=3, alpha=5, targets="all-linear").attach(live, family, seed=0)
     fill(attached)
     if checkpointing:
-        live.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+        live.denoiser.enable_gradient_checkpointing()
         live.denoiser.train()
     weight = torch.from_numpy(normal(50, 2, 4, 8, 8)).double()
     noisy, t = torch.from_numpy(normal(1, 2, 4, 8, 8)).double(), torch.tensor([700, 3])

@@ -148,7 +148,7 @@ def test_weighted_loss_does_not_depend_on_the_parameterisation(gamma: float) -> 
         answer = torch.from_numpy(
             formulas.prediction_from_x0(ABAR, guess.astype(np.float64), x_t, t, prediction)
         ).float()
-        policy = FunctionPolicy(ddpm(prediction), lambda noisy, t, answer=answer: answer)
+        policy = FunctionPolicy(ddpm(prediction), lambda _noisy, _t, answer=answer: answer)
         losses[prediction] = Denoise(min_snr_gamma=gamma).loss(policy, batch).double().numpy()
         assert torch.equal(policy.t, T)
     wanted = np.minimum(formulas.snr(ABAR), gamma) * formulas.per_sample("l2", guess, latents)

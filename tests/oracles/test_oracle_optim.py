@@ -51,7 +51,7 @@ def test_adamw_against_float64() -> None:
             for tensors, gradient in zip(parameters, gradients, strict=True)
             for p, piece in zip(tensors.values(), np.split(gradient, np.cumsum([12, 5])), strict=True)
         )
-        loss.backward()  # type: ignore[union-attr]
+        loss.backward()
         optim.set_rates(optimizer, made, factor)
         optimizer.step()
         for oracle, gradient, group in zip(exact, gradients, made, strict=True):
@@ -97,7 +97,7 @@ def test_clipping_against_float64(limit: float) -> None:
     assert norm == pytest.approx(float(np.linalg.norm(exact)), rel=1e-6)
     optim.clip(made, norm, limit)
     wanted = exact * min(1.0, limit / np.linalg.norm(exact))
-    found = np.concatenate([p.grad.double().numpy().ravel() for tensors in parameters for p in tensors.values()])  # type: ignore[union-attr]
+    found = np.concatenate([p.grad.double().numpy().ravel() for tensors in parameters for p in tensors.values()])
     assert formulas.relative_l2(found, wanted) < 1e-6
 
 

@@ -60,7 +60,7 @@ def test_every_step(row: tuple[str, float, int, float, int, float, int]) -> None
 @pytest.mark.parametrize("row", TABLE)
 def test_shape(row: tuple[str, float, int, float, int, float, int]) -> None:
     """Warm-up rises from above 0 to the top at its stated step; then down, never up, to the floor on the last step."""
-    kind, _, warmup, floor, cycles, _, total = row
+    kind, _, warmup, floor, cycles, _, _ = row
     found = factors(row)
     assert (found[:warmup] > 0).all()
     assert (np.diff(found[: warmup + 1]) > 0).all()

@@ -79,9 +79,9 @@ def test_text_is_penultimate_without_norm_and_pooled_at_the_end_mark(family: SDX
     outputs: list[Tensor] = []
     handles = []
     for encoder in parts.text_encoders:
-        layers = [module for name, module in encoder.named_modules() if name.endswith("layers")][0]
-        handles.append(layers[-1].register_forward_pre_hook(lambda _m, args: inputs.append(args[0].detach())))  # type: ignore[index, operator]
-        norm = [module for name, module in encoder.named_modules() if name.endswith("final_layer_norm")][0]
+        layers = next(module for name, module in encoder.named_modules() if name.endswith("layers"))
+        handles.append(layers[-1].register_forward_pre_hook(lambda _m, args: inputs.append(args[0].detach())))
+        norm = next(module for name, module in encoder.named_modules() if name.endswith("final_layer_norm"))
         handles.append(norm.register_forward_hook(lambda _m, _a, out: outputs.append(out.detach())))
     prompt = PROMPTS[1]
     found = family.encode_text(parts, [prompt])
@@ -90,8 +90,8 @@ def test_text_is_penultimate_without_norm_and_pooled_at_the_end_mark(family: SDX
     by_rank = {value.ndim: value for value in found.values()}
     assert torch.equal(by_rank[3], torch.cat(inputs, dim=-1))
     ids = parts.tokenizers[1](prompt).input_ids
-    projection = parts.text_encoders[1].text_projection.weight  # type: ignore[union-attr]
-    wanted = outputs[1][0, len(ids) - 1].double().numpy() @ projection.double().numpy().T  # type: ignore[operator]
+    projection = parts.text_encoders[1].text_projection.weight
+    wanted = outputs[1][0, len(ids) - 1].double().numpy() @ projection.double().numpy().T
     assert np.abs(by_rank[2][0].double().numpy() - wanted).max() < 1e-6
 
 
@@ -125,7 +125,7 @@ def test_moments_are_those_of_the_vae(family: SDXL, parts: Parts) -> None:
     pixels = torch.from_numpy(normal(1, 2, 3, 32, 48)).clamp(-1, 1)
     moments = family.encode_images(parts, pixels)
     with torch.no_grad():
-        posterior = parts.vae.encode(pixels).latent_dist  # type: ignore[operator]
+        posterior = parts.vae.encode(pixels).latent_dist
     assert moments.dtype == torch.float32
     assert moments.shape == (2, 8, 32 // family.latent_factor, 48 // family.latent_factor)
     assert torch.equal(moments[:, :4], posterior.mean)
@@ -148,7 +148,7 @@ def test_posterior_sample_is_that_of_diffusers(family: SDXL, parts: Parts) -> No
     pixels = torch.from_numpy(normal(2, 2, 3, 16, 16)).clamp(-1, 1)
     moments = family.encode_images(parts, pixels)
     with torch.no_grad():
-        posterior = parts.vae.encode(pixels).latent_dist  # type: ignore[operator]
+        posterior = parts.vae.encode(pixels).latent_dist
     sample = posterior.sample(torch.Generator().manual_seed(9))
     noise = torch.randn(sample.shape, generator=torch.Generator().manual_seed(9))
     found = family.latents(moments, noise)

@@ -196,7 +196,7 @@ def _block(data: Mapping[str, Any], path: KeyPath, comments: Mapping[KeyPath, st
         elif isinstance(item, list | tuple) and item:
             lines += [f"{_text(key)}:", *_indent(_items(item, here, comments))]
         else:
-            lines.append(f"{_text(key)}: {_scalar(item)}")
+            lines.append(f"{_text(key)}: {flow(item)}")
     return lines
 
 
@@ -209,7 +209,7 @@ def _items(items: list[Any] | tuple[Any, ...], path: KeyPath, comments: Mapping[
             first = next(n for n, line in enumerate(body) if not line.startswith("#"))
             lines += [*body[:first], f"- {body[first]}", *_indent(body[first + 1 :])]
         else:
-            lines.append(f"- {_scalar(item)}")
+            lines.append(f"- {flow(item)}")
     return lines
 
 
@@ -217,7 +217,8 @@ def _indent(lines: list[str]) -> list[str]:
     return [f"  {line}" for line in lines]
 
 
-def _scalar(item: Any) -> str:
+def flow(item: Any) -> str:
+    """A value on one line, as it would stand after `key: `."""
     if item is None:
         return "null"
     if isinstance(item, bool):
@@ -227,8 +228,8 @@ def _scalar(item: Any) -> str:
     if isinstance(item, str):
         return _text(item)
     if isinstance(item, list | tuple):
-        return "[" + ", ".join(_scalar(i) for i in item) + "]"
-    return "{" + ", ".join(f"{_text(k)}: {_scalar(v)}" for k, v in item.items()) + "}"
+        return "[" + ", ".join(flow(i) for i in item) + "]"
+    return "{" + ", ".join(f"{_text(k)}: {flow(v)}" for k, v in item.items()) + "}"
 
 
 def _text(text: str) -> str:

@@ -81,7 +81,7 @@ def unknown(path: KeyPath, place: Place, foreign: Mapping[str, str]) -> UserErro
     if near and near.lower() == name.lower().replace("-", "_"):
         fix = f"write {near}"
     elif elsewhere:
-        fix = "did you mean " + " or ".join(elsewhere[:3]) + "?"
+        fix = "did you mean " + " or ".join(([near] if near else []) + elsewhere[:3]) + "?"
     elif name in foreign:
         fix = f"that is called {foreign[name]} here"
     elif near:

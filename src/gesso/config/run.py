@@ -156,6 +156,8 @@ class Training(Spec):
     @field_validator("text_encoder_learning_rates", mode="before")
     @classmethod
     def _one_rate(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            return tuple(value)
         return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
     @model_validator(mode="after")

@@ -40,14 +40,20 @@ class Runtime:
                 where="WORLD_SIZE",
                 fix="start it without torchrun or accelerate launch, or set --num_processes 1",
             )
-        name = device or (
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
+        name = device or _best_device()
         if name.startswith("cuda") and not torch.cuda.is_available():
             raise ResourceError("no CUDA device is visible", where=name, fix="gesso doctor shows what is missing")
         if precision == "fp16" and name == "cpu":
             raise UserError("fp16 training needs a GPU", where="training.precision", fix="use bf16 or fp32 on a CPU")
         return cls(torch.device(name), precision)
+
+    @classmethod
+    def for_inference(cls, precision: Precision | None = None, device: str | None = None) -> Runtime:
+        """As `detect`, with what suits the device where nothing fits better: fp16 on a GPU, float32 on a CPU."""
+        device = device or _best_device()
+        if device == "cpu":
+            return cls.detect("bf16" if precision == "bf16" else "fp32", device)
+        return cls.detect(precision or "fp16", device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -73,3 +79,7 @@ class Runtime:
         """Give freed blocks back to the device."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -6,6 +6,7 @@ processes may fill one folder. Nothing is ever stale: whatever changes the encod
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -78,7 +79,8 @@ class Store:
             temporary.write_bytes(_checksum(key, blob) + blob)
             temporary.replace(path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             raise self._failed(error) from error
 
     def _failed(self, error: OSError) -> ResourceError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -264,7 +265,8 @@ def _remember(file: Path, kept: dict[str, list[Any]]) -> None:
         temporary.write_text(json.dumps(kept), "utf-8")
         temporary.replace(file)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise ResourceError(
             f"the cache folder cannot be written: {error.strerror}",
             where=str(file.parent),

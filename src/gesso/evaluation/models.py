@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from gesso.config import files
-from gesso.core import resolve
-from gesso.core.folder import WEIGHTS, RunFolder
+from gesso.config.run import RunConfig
+from gesso.core import checkpoints, resolve
+from gesso.core.checkpoints import AVERAGE
+from gesso.core.folder import WEIGHTS
 from gesso.core.runtime import Runtime
 from gesso.core.seams import Family
 from gesso.errors import UserError
 from gesso.families import AnyFamily, lora_file, lora_names
 from gesso.families.lora_file import LoRAFile
-
-_MANIFEST, _AVERAGE = "manifest.json", "ema"
 
 
 def open_pipeline(target: str, *, loras: Sequence[tuple[str, float]] = (), runtime: Runtime) -> tuple[Any, str]:
@@ -76,61 +74,61 @@ def add_loras(pipeline: Any, family: Family, loras: Sequence[tuple[LoRAFile, flo
     pipeline.set_adapters(names, [weight for _, weight in loras])
 
 
-def _resolve(target: str) -> tuple[Family, LoRAFile | None, str]:
-    """The family with its base model, the trained weights on top of it if the target has any, and the base's name."""
+def trained(target: str, *, use_ema: bool | None = None) -> tuple[RunConfig, Path]:
+    """The run that a run folder or checkpoint folder belongs to, and its trained weights.
+
+    `use_ema` empty takes the averaged weights where the run samples with them. Raises `UserError` where there is no
+    whole checkpoint, no run file beside it, or no average though one is asked for.
+    """
     path = Path(target).expanduser()
     if (path / "run.yaml").is_file():
-        run = files.load(RunFolder(path).config).run
-        checkpoint = _newest(path)
-    elif (path / WEIGHTS).is_file():
-        folder = next((p for p in path.resolve().parents[:2] if (p / "run.yaml").is_file()), None)
-        if folder is None:
+        folder, checkpoint = path, _newest(path)
+    else:
+        if not (path / WEIGHTS).is_file():
+            raise UserError(
+                "neither a run folder nor a checkpoint", where=target, fix="give a folder with run.yaml in it"
+            )
+        checkpoint = path
+        above = [p for p in path.resolve().parents[:2] if (p / "run.yaml").is_file()]
+        if not above:
             raise UserError(
                 "these are LoRA weights without their run.yaml, so their base model is not known",
                 where=str(path),
                 fix=f"name the base model and give them as a LoRA: gesso sample BASE --lora {target}",
             )
-        run, checkpoint = files.load(folder / "run.yaml").run, path
-    else:
-        if path.is_file() and path.suffix == ".safetensors":
-            _refuse_lora(path)
-        return AnyFamily(base=target), None, target
-    average = checkpoint / _AVERAGE
+        folder = above[0]
+    run = files.load(folder / "run.yaml").run
+    average = checkpoint / AVERAGE / WEIGHTS
     ema = run.training.ema
-    if ema.enabled and ema.use_for_samples and (average / WEIGHTS).is_file():
-        checkpoint = average
-    return run.model, lora_file.read(checkpoint), run.model.base
+    wanted = (ema.enabled and ema.use_for_samples) if use_ema is None else use_ema
+    if wanted and average.is_file():
+        return run, average
+    if use_ema:
+        raise UserError("this checkpoint holds no averaged weights", where=str(checkpoint), fix="leave out --ema")
+    return run, checkpoint / WEIGHTS
 
 
-def _title(weights: Path) -> str:
-    """checkpoint-500, or checkpoint-500 (averaged)."""
-    folder = weights.parent
-    return f"{folder.parent.name} (averaged)" if folder.name == _AVERAGE else folder.name
+def _resolve(target: str) -> tuple[Family, LoRAFile | None]:
+    """The family with its base model, and the trained weights on top of it, if the target has any."""
+    path = Path(target).expanduser()
+    if (path / "run.yaml").is_file() or (path / WEIGHTS).is_file():
+        run, weights = trained(target)
+        return run.model, lora_file.read(weights)
+    if path.is_file() and path.suffix == ".safetensors":
+        _refuse_lora(path)
+    return AnyFamily(base=target), None
 
 
 def _newest(run: Path) -> Path:
-    """The newest checkpoint whose weights are as they were written."""
-    found = [(int(m[1]), p) for p in run.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
-    for _, path in sorted(found, reverse=True):
-        if _whole(path):
-            return path
-    raise UserError(
-        "this run has no whole checkpoint yet" if not found else "every checkpoint of this run is damaged",
-        where=str(run),
-        fix="wait for its first checkpoint, or go on training with: gesso train --resume latest",
-    )
-
-
-def _whole(checkpoint: Path) -> bool:
-    try:
-        listed = json.loads((checkpoint / _MANIFEST).read_text())
-    except (OSError, ValueError):
-        return False
-    weights = [name for name in listed if name.endswith(WEIGHTS)]
-    return WEIGHTS in weights and all(
-        (checkpoint / name).is_file() and resolve.file_sha256(checkpoint / name) == listed[name]["sha256"]
-        for name in weights
-    )
+    """The newest checkpoint that is as it was written."""
+    path, refused = checkpoints.newest(run)
+    if path is None:
+        raise UserError(
+            "every checkpoint of this run is damaged" if refused else "this run has no checkpoint yet",
+            where=str(run),
+            fix="wait for its first checkpoint, or go on training with: gesso train --resume latest",
+        )
+    return path
 
 
 def _fetch(name: str) -> Path:

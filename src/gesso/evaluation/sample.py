@@ -16,10 +16,21 @@ from PIL import Image
 from torch import Tensor, nn
 
 from gesso.errors import NumericError, UserError
-from gesso.evaluation.models import open_pipeline
+from gesso.evaluation.models import open_pipeline, trained
 from gesso.evaluation.pictures import grid, read_settings, save_png
 
-__all__ = ["Embeddings", "Shot", "draw", "encode", "grid", "open_pipeline", "read_settings", "save_png", "settings"]
+__all__ = [
+    "Embeddings",
+    "Shot",
+    "draw",
+    "encode",
+    "grid",
+    "open_pipeline",
+    "read_settings",
+    "save_png",
+    "settings",
+    "trained",
+]
 
 Embeddings = dict[str, "Tensor | None"]
 """One shot's encoded prompts under the names that the pipeline takes them by, on the CPU."""

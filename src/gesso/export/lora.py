@@ -8,7 +8,8 @@ from __future__ import annotations
 import io
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -89,18 +90,14 @@ def export(
         trained, format=format, dtype=_DTYPES[precision], modules=modules, about=about, fold_alpha=fold_alpha
     )
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.safetensors")
-    try:
+    with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(temporary, serialise(tensors, metadata))
+    try:
         report = verify(temporary, trained=trained, family=family, fresh=parts, expected=expected)
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise ResourceError(
-            f"the LoRA file cannot be written ({error.strerror})",
-            where=str(path),
-            fix="free space or choose another place",
-        ) from error
+        with _writing(path):
+            temporary.replace(path)
+            sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
     return report
@@ -178,7 +175,11 @@ def verify(path: Path, *, trained: LoRAFile, family: Family, fresh: Parts, expec
         family.pipeline(fresh).load_lora_weights(str(path), adapter_name="export")
         loaded = _loaded(family, fresh)
         coarsest = _coarsest(path, fresh)
-        _compare_layers(trained.match(lora_names.modules(_networks(family, fresh))), loaded, coarsest)
+        modules = lora_names.modules(_networks(family, fresh))
+        wanted = trained.match(modules)
+        # diffusers overlooks some strengths (alphas that differ between a text encoder's layers), so read it twice.
+        _compare_layers(wanted, read(path).match(modules), coarsest)
+        _compare_layers(wanted, loaded, coarsest)
         again = _probe(family, fresh, cond=expected.cond)
         report = Verified(
             layers=len(loaded),
@@ -192,7 +193,7 @@ def verify(path: Path, *, trained: LoRAFile, family: Family, fresh: Parts, expec
                 f"predictions differ by {report.error:.1e} and text embeddings by {report.text_error:.1e} of their "
                 f"largest value, where {limit:.0e} is allowed"
             )
-    except (_Mismatch, ValueError, RuntimeError, KeyError, IndexError, TypeError) as error:
+    except (_Mismatch, UserError, ValueError, RuntimeError, KeyError, IndexError, TypeError) as error:
         path.unlink(missing_ok=True)
         raise UserError(
             f"the exported LoRA does not reload as the trained model, so it was not kept: {str(error).splitlines()[0]}",
@@ -206,6 +207,18 @@ def verify(path: Path, *, trained: LoRAFile, family: Family, fresh: Parts, expec
 
 class _Mismatch(Exception):
     """A reloaded file differs from the trained model."""
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(
+            f"the LoRA file cannot be written ({error.strerror})",
+            where=str(path),
+            fix="free space or choose another place",
+        ) from error
 
 
 def _networks(family: Family, parts: Parts) -> dict[str, Any]:

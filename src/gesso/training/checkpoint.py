@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import shutil
 import time
 import uuid
@@ -27,12 +26,10 @@ import safetensors.torch
 from torch import Tensor
 
 from gesso.config.run import Checkpoint
+from gesso.core.checkpoints import AVERAGE, MANIFEST, OPTIMIZER, POSITION, faults, listed, newest
 from gesso.core.folder import WEIGHTS, sync_folder
-from gesso.core.resolve import file_sha256
 from gesso.errors import ResourceError, UserError
 
-MANIFEST, OPTIMIZER, POSITION, AVERAGE = "manifest.json", "state/optimizer.safetensors", "state/position.json", "ema"
-_NAME = re.compile(r"checkpoint-(\d+)")
 _SPARE = 1.2
 
 
@@ -89,23 +86,8 @@ class Store:
                     raise self._failed(target, error) from error
                 self.warn(f"{error.strerror} while saving {target.name}; trying again in {self.wait:.0f} s")
                 time.sleep(self.wait)
-        self._prune(newest=target)
+        self._prune(written=target)
         return target
-
-    def newest(self) -> tuple[Path | None, dict[Path, list[str]]]:
-        """The newest checkpoint whose every byte is as written, and why newer ones were passed over."""
-        refused: dict[Path, list[str]] = {}
-        for path in reversed(self.all()):
-            problems = faults(path)
-            if not problems:
-                return path, refused
-            refused[path] = problems
-        return None, refused
-
-    def all(self) -> list[Path]:
-        """Checkpoint folders by step, oldest first, whole or not."""
-        found = [(int(m[1]), p) for p in self.folder.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name))]
-        return [path for _, path in sorted(found)]
 
     def sweep(self) -> None:
         """Remove what an earlier process left half written or half deleted."""
@@ -137,44 +119,25 @@ class Store:
             raise
 
     def _failed(self, target: Path, error: OSError) -> ResourceError:
-        kept, _ = self.newest()
+        kept, _ = newest(self.folder)
         return ResourceError(
             f"checkpoint could not be saved ({error.strerror})",
             where=str(target),
             fix=f"free space there, then go on with --resume latest; {kept.name if kept else 'nothing'} is kept",
         )
 
-    def _prune(self, *, newest: Path) -> None:
-        """Drop old checkpoints; `newest` was just verified by writing it, so at least one good one remains."""
-        steps = {path: int(path.name.rpartition("-")[2]) for path in self.all()}
-        older = [path for path in steps if path != newest and steps[path] < steps[newest]]
-        every = self.policy.keep_every
+    def _prune(self, *, written: Path) -> None:
+        """Drop old checkpoints; `written` was just made and synced, so at least one good one remains."""
+        steps = listed(self.folder)
+        older = [step for step in steps if step < int(written.name.rpartition("-")[2])]
         spare = older[: max(len(older) - (self.policy.keep_last - 1), 0)]
-        for path in spare:
-            if every and steps[path] % every == 0:
+        for step in spare:
+            if self.policy.keep_every and step % self.policy.keep_every == 0:
                 continue
+            path = steps[step]
             trash = self.folder / f".trash-{path.name}-{uuid.uuid4().hex[:8]}"
             path.rename(trash)
             shutil.rmtree(trash, ignore_errors=True)
-
-
-def faults(path: Path) -> list[str]:
-    """What is wrong with a checkpoint folder: missing, resized or altered files. Empty if it is as written."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        listed = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return [f"{MANIFEST} is unreadable ({type(error).__name__})"]
-    problems = [f"{name} is not listed" for name in (WEIGHTS, OPTIMIZER, POSITION) if name not in listed]
-    for name, (size, digest) in listed.items():
-        file = path / name
-        if not file.is_file():
-            problems.append(f"{name} is missing")
-        elif file.stat().st_size != size:
-            problems.append(f"{name} has {file.stat().st_size} bytes instead of {size}")
-        elif file_sha256(file) != digest:
-            problems.append(f"{name} was altered after it was written")
-    return problems
 
 
 def load(path: Path) -> Snapshot:

@@ -77,6 +77,10 @@ class Session:
         learner.scaler.load_state_dict(saved.position["scaler"])
         learner.step = saved.step
 
+    def release(self) -> None:
+        """Let go of the networks once training is over."""
+        self.parts.denoiser, self.parts.vae, self.parts.text_encoders = None, None, []
+
     @contextmanager
     def as_sampled(self) -> Iterator[None]:
         """Inside, the model is as pictures should show it: averaged if the run says so, dropout off."""

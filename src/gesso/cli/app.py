@@ -1,0 +1,64 @@
+"""All commands in one place."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from gesso import __version__
+from gesso.cli import pictures, runs, system
+from gesso.errors import Interrupted
+
+
+class _Group(TyperGroup):
+    """Lets Ctrl-C through as our own error, which has its own exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted("stopped") from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+config = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into run files.")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gesso {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Fine-tune diffusion image models.
+
+    Start with: gesso new FOLDER_WITH_IMAGES, then gesso check run.yaml, then gesso train run.yaml.
+    Or see the whole way in a few minutes, without a GPU or a download: gesso demo.
+    """
+
+
+app.command()(runs.new)
+app.command()(runs.check)
+app.command()(runs.train)
+app.command()(pictures.sample)
+app.command()(pictures.export)
+app.command()(system.demo)
+app.command()(system.doctor)
+config.command("show")(runs.show_config)
+config.command("presets")(runs.list_presets)
+app.add_typer(config, name="config")

@@ -1,0 +1,194 @@
+"""Run events on the screen: a progress bar on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, TextIO
+
+from gesso.cli.show import size
+from gesso.core.events import (
+    Event,
+    Failed,
+    Finished,
+    PreviewReady,
+    Progress,
+    RunStarted,
+    Saved,
+    StepDone,
+    Validated,
+    Warned,
+)
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
+
+_WINDOW = 50
+_SMOOTHING = 0.97
+_QUIET_SECONDS = 10.0
+_QUIET_SHARE = 0.05
+
+
+@dataclass
+class Tally:
+    """The figures of a run so far; rates are over the last steps only."""
+
+    total: int = 0
+    step: int = 0
+    first_loss: float | None = None
+    loss: float = float("nan")
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    last: StepDone | None = None
+    folder: str = ""
+    _sum: float = 0.0
+    _weight: float = 0.0
+    _recent: deque[StepDone] = field(default_factory=lambda: deque(maxlen=_WINDOW))
+
+    def add(self, event: StepDone) -> None:
+        """Take in one step."""
+        self._sum = _SMOOTHING * self._sum + (1 - _SMOOTHING) * event.loss
+        self._weight = _SMOOTHING * self._weight + (1 - _SMOOTHING)
+        self.loss = self._sum / self._weight
+        self.first_loss = event.loss if self.first_loss is None else self.first_loss
+        self.step, self.last = event.step, event
+        self._recent.append(event)
+
+    @property
+    def seconds_left(self) -> float:
+        """At the speed of the last steps."""
+        return (self.total - self.step) * sum(e.seconds for e in self._recent) / max(len(self._recent), 1)
+
+    def figures(self) -> str:
+        """One line about where the run stands."""
+        if self.last is None:
+            return ""
+        seconds = max(sum(e.seconds for e in self._recent), 1e-9)
+        rate = sum(e.samples for e in self._recent) / seconds
+        waiting = sum(e.data_seconds for e in self._recent) / seconds
+        return (
+            f"loss {self.last.loss:.4f} (smooth {self.loss:.4f})  lr {self.last.learning_rate:.2e}  "
+            f"{rate:.2f} samples/s  waiting for data {waiting:.0%}  {size(self.last.memory)}  "
+            f"left {duration(self.seconds_left)}"
+        )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 0:42, 12:05 or 3:07:00."""
+    whole = round(seconds)
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Console:
+    """A sink for run events; use as a context so that the bar is put away in the end."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream if stream is not None else sys.stdout
+        self._bars = _make_bars(self._stream) if self._stream.isatty() else None
+        self._tasks: dict[str, TaskID] = {}
+        self._tally = Tally()
+        self._printed: dict[str, tuple[float, float]] = {}
+
+    def __enter__(self) -> Console:
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def handle(self, event: Event) -> None:
+        """Show one event."""
+        match event:
+            case RunStarted():
+                self._started(event)
+            case Progress():
+                self._advance(event.task, event.done, event.total, "")
+            case StepDone():
+                self._tally.add(event)
+                self._advance("training", event.step, self._tally.total, self._tally.figures())
+            case Validated():
+                self._tally.held_out.append((event.step, event.loss))
+                self._line(f"step {event.step}: validation loss {event.loss:.4f} on {event.samples} measurements")
+            case PreviewReady():
+                self._line(f"step {event.step}: previews: {', '.join(event.files)}")
+            case Saved():
+                self._line(f"step {event.step}: saved {event.path} in {event.seconds:.1f} s")
+            case Warned():
+                self._line(f"warning: {event.message}")
+            case Finished():
+                self._finished(event)
+            case Failed():
+                again = "; it can be resumed" if event.resumable else ""
+                self._line(f"stopped at step {event.step}{again}")
+
+    def _started(self, event: RunStarted) -> None:
+        self._tally.total, self._tally.step, self._tally.folder = event.total_steps, event.step, event.folder
+        resumed = f", from step {event.step}" if event.step else ""
+        self._line(f"training {event.total_steps} steps on {event.samples} samples an epoch{resumed}: {event.folder}")
+        if self._bars is not None:
+            for task in self._tasks.values():
+                self._bars.update(task, visible=False)
+
+    def _advance(self, task: str, done: int, total: int, figures: str) -> None:
+        if self._bars is None:
+            if self._due(task, done, total):
+                self._line(f"{task} {done}/{total}  {figures}".rstrip())
+            return
+        if task not in self._tasks:
+            self._tasks[task] = self._bars.add_task(task, total=total, figures=figures)
+        self._bars.update(self._tasks[task], completed=done, total=total, figures=figures)
+
+    def _due(self, task: str, done: int, total: int) -> bool:
+        """Whether a line is due without a terminal: the first, the last, and each 10 s or 5 % in between."""
+        now, share = time.monotonic(), done / max(total, 1)
+        when, before = self._printed.get(task, (float("-inf"), float("-inf")))
+        due = now - when >= _QUIET_SECONDS or share - before >= _QUIET_SHARE or done >= total
+        if due:
+            self._printed[task] = (now, share)
+        return due
+
+    def _finished(self, event: Finished) -> None:
+        tally = self._tally
+        self._line(f"done: {event.step} steps in {duration(event.seconds)}, peak memory {size(event.peak_memory)}")
+        if tally.first_loss is not None:
+            self._line(f"  loss {tally.first_loss:.4f} at first, {tally.loss:.4f} at last (smoothed)")
+        if tally.held_out:
+            (_, first), (_, last) = tally.held_out[0], tally.held_out[-1]
+            best_step, best = min(tally.held_out, key=lambda pair: pair[1])
+            self._line(
+                f"  validation loss {first:.4f} at first, {last:.4f} at last, lowest {best:.4f} at step {best_step}"
+            )
+        for name, path in event.outputs.items():
+            self._line(f"  {name}: {path}")
+        folder = tally.folder or event.outputs.get("run folder", "RUN")
+        self._line(f'try it: gesso sample {folder} --prompt "..."')
+
+    def _line(self, text: str) -> None:
+        if self._bars is not None:
+            self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=self._stream, flush=True)
+
+
+def _make_bars(stream: TextIO) -> Bars:
+    from rich.console import Console as Screen
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Bars
+
+    return Bars(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}", markup=False),
+        console=Screen(file=stream),
+        refresh_per_second=4,
+    )

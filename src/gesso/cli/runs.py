@@ -1,0 +1,152 @@
+"""Commands around run files: new, check, train, config show."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gesso.cli import show
+from gesso.cli.console import Console
+from gesso.cli.failure import crash_log
+from gesso.errors import Problems, UserError
+
+if TYPE_CHECKING:
+    from gesso.config.files import Loaded
+
+RunFile = Annotated[Path, typer.Argument(metavar="RUN", help="A run file.", show_default=False)]
+Sets = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Replace a value; may be repeated.")]
+
+
+def new(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder with the images.", show_default=False)],
+    preset: Annotated[str, typer.Option(help="What to start from: see `gesso config presets`.")] = "character",
+    base: Annotated[str | None, typer.Option(help="Base model: folder, hub id or .safetensors.")] = None,
+    trigger: Annotated[str | None, typer.Option(help="Word that will stand for what is learnt, such as sks.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The run file to write.")] = Path("run.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the run file.")] = False,
+) -> None:
+    """Write a run file for a folder of images."""
+    from gesso.config import files
+
+    files.write_new(output, data=data, preset=preset, base=base, trigger=trigger, force=force)
+    typer.echo(f"wrote {output}\nnext: gesso check {output}")
+
+
+def check(
+    run: RunFile,
+    sets: Sets = [],  # noqa: B006 (typer copies it)
+    as_json: Annotated[bool, typer.Option("--json", help="Answer as JSON.")] = False,
+) -> None:
+    """Find mistakes in a run file, and what the run will take."""
+    from gesso.config import advice, files, machine
+
+    if not as_json:
+        loaded = files.load(run, sets=sets)
+        found = advice.check(loaded.run, machine.detect())
+        show.report(loaded.report)
+        show.advice(found, loaded.origins)
+        found.require(loaded.origins)
+        typer.echo(f"ok: gesso train {run}")
+        return
+    try:
+        loaded = files.load(run, sets=sets)
+    except UserError as error:
+        listed = error.problems if isinstance(error, Problems) else (error,)
+        typer.echo(json.dumps({"ok": False, "errors": [show.error_json(one) for one in listed]}, indent=2))
+        raise typer.Exit(error.exit_code) from None
+    found = advice.check(loaded.run, machine.detect())
+    typer.echo(json.dumps(show.advice_json(found, loaded), indent=2))
+    if found.errors:
+        raise typer.Exit(UserError.exit_code)
+
+
+def train(
+    run: Annotated[Path | None, typer.Argument(metavar="RUN", help="A run file.", show_default=False)] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="The same, as an option.")] = None,
+    sets: Sets = [],  # noqa: B006 (typer copies it)
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            *("--resume", "--resume_from_checkpoint", "--resume-from-checkpoint"),
+            metavar="latest|PATH",
+            help="Go on from the newest checkpoint, or from this one.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "--output-dir", "--output_dir", help="The run folder.")
+    ] = None,
+    hub_repo: Annotated[
+        str | None,
+        typer.Option(
+            "--hub-model-id", "--hub_model_id", metavar="NAME/REPO", help="Push the result to this hub repository."
+        ),
+    ] = None,
+    push: Annotated[
+        bool, typer.Option("--push-to-hub", "--push_to_hub", help="Push, to the repository that the file names.")
+    ] = False,
+    accept: Annotated[
+        list[str],
+        typer.Option("--accept-change", metavar="KEY", help="Resume although this setting has changed."),
+    ] = [],  # noqa: B006 (typer copies it)
+) -> None:
+    """Train, or go on training."""
+    from gesso.config import advice, machine
+
+    loaded = _load_for_training(_one_file(run, config, resume), sets, output)
+    report = loaded.report
+    resume = resume or (report.resume if report is not None else None)
+    hub_repo = hub_repo or (report.hub_repo if report is not None else None)
+    if push and hub_repo is None:
+        raise UserError("no hub repository is named", where="--push-to-hub", fix="add --hub-model-id NAME/REPOSITORY")
+    show.report(report)
+    found = advice.check(loaded.run, machine.detect())
+    found.require(loaded.origins)
+    show.advice(found, loaded.origins)
+    folder = loaded.run.folder.expanduser().absolute()
+    with crash_log(folder):
+        from gesso import stages
+
+        with Console() as console:
+            stages.train(loaded.run, resume=resume, accept=accept, emit=console.handle)
+        if hub_repo is not None:
+            stages.export(str(folder), format="diffusers", output=None, use_ema=None, hub_repo=hub_repo)
+            typer.echo(f"pushed to https://huggingface.co/{hub_repo}")
+
+
+def show_config(run: RunFile, sets: Sets = []) -> None:  # noqa: B006 (typer copies it)
+    """Show every value of a run and where it comes from."""
+    from gesso.config import files
+
+    loaded = files.load(run, sets=sets)
+    show.report(loaded.report)
+    show.values(loaded.run.model_dump(mode="json"), loaded.origins)
+
+
+def list_presets() -> None:
+    """List what `gesso new --preset` can start from."""
+    from gesso.config import presets
+
+    for name in presets.names():
+        typer.echo(f"{name:14}{presets.about(name)}")
+
+
+def _one_file(run: Path | None, config: Path | None, resume: str | None) -> Path:
+    if run is not None and config is not None and run != config:
+        raise UserError(f"two run files are named: {run} and {config}", where="--config", fix="give one of them")
+    if run is not None or config is not None:
+        return run or config or Path()
+    if resume not in (None, "latest"):
+        beside = Path(str(resume)).absolute().parent / "run.yaml"
+        if beside.is_file():
+            return beside
+    raise UserError("no run file is named", fix="gesso train run.yaml; gesso new DATA_FOLDER writes one")
+
+
+def _load_for_training(path: Path, sets: list[str], output: Path | None) -> Loaded:
+    from gesso.config import files
+
+    extra = [f"output={json.dumps(str(output))}"] if output is not None else []
+    return files.load(path, sets=[*sets, *extra])

@@ -1,0 +1,111 @@
+"""What the commands print about files and advice, for people and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from gesso.errors import UserError
+
+if TYPE_CHECKING:
+    from gesso.config.advice import Advice, Finding, Forecast
+    from gesso.config.dialects import DialectReport, Entry
+    from gesso.config.files import Loaded
+
+
+def report(dialect: DialectReport | None) -> None:
+    """How another tool's file was read; nothing for our own."""
+    if dialect is None:
+        return
+    typer.echo(f"read as {dialect.tool}:")
+    for entry in dialect.mapped:
+        typer.echo(f"  {_at(entry)}{entry.key} -> {entry.note}")
+    for entry in dialect.ignored:
+        typer.echo(f"  {_at(entry)}{entry.key}: no effect: {entry.note}")
+    for entry in dialect.assumed:
+        typer.echo(f"  filled in: {entry.key} = {entry.note}")
+
+
+def advice(found: Advice, origins: Mapping[str, str]) -> None:
+    """Warnings, hints and the forecast; errors are raised elsewhere."""
+    if found.forecast is not None:
+        for line in forecast_lines(found.forecast):
+            typer.echo(line)
+    for level, colour, findings in (("warning", "yellow", found.warnings), ("hint", None, found.hints)):
+        for finding in findings:
+            where = _where(finding, origins)
+            typer.secho(f"{level}: {where}: {finding.what}" + (f" -> {finding.fix}" if finding.fix else ""), fg=colour)
+
+
+def forecast_lines(numbers: Forecast) -> list[str]:
+    """The forecast for people."""
+    held = f", {numbers.held_out} of them held out" if numbers.held_out else ""
+    folders = f" ({' + '.join(map(str, numbers.images))})" if len(numbers.images) > 1 else ""
+    lines = [
+        f"images      {sum(numbers.images)}{folders}{held}; {numbers.samples_per_epoch} samples an epoch",
+        f"length      {numbers.steps} steps = {numbers.epochs:.1f} epochs of {numbers.steps_per_epoch}",
+    ]
+    saves = f"checkpoints {numbers.checkpoints}, {numbers.checkpoints_kept} kept"
+    if numbers.checkpoint_bytes is not None and numbers.parameters is not None:
+        saves += f", {size(numbers.checkpoint_bytes)} each ({numbers.parameters / 1e6:.1f} M trained parameters)"
+    lines += [saves, f"disk        {size(numbers.disk_bytes)}, of which cache {size(numbers.cache_bytes)}"]
+    if numbers.memory_bytes is not None:
+        lines.append(f"memory      about {size(numbers.memory_bytes)} on the GPU")
+    return lines
+
+
+def values(dump: Mapping[str, Any], origins: Mapping[str, str]) -> None:
+    """Every value with its origin, one a line."""
+    from gesso.config.document import flow
+
+    rows = []
+    for key, origin in origins.items():
+        value: Any = dump
+        for part in key.split("."):
+            value = value[int(part)] if isinstance(value, list) else value[part]
+        rows.append((f"{key}: {flow(value)}", origin))
+    width = min(max(len(left) for left, _ in rows), 72)
+    for left, origin in rows:
+        typer.echo(f"{left:{width}}  # {origin}")
+
+
+def error_json(error: UserError) -> dict[str, str]:
+    """An error as JSON."""
+    return {"where": error.where, "what": error.what, "fix": error.fix}
+
+
+def advice_json(found: Advice, loaded: Loaded) -> dict[str, Any]:
+    """Everything `check` finds as JSON; sizes in bytes."""
+
+    def listed(findings: tuple[Finding, ...]) -> list[dict[str, str]]:
+        return [{"key": f.key, "where": _where(f, loaded.origins), "what": f.what, "fix": f.fix} for f in findings]
+
+    forecast = None if found.forecast is None else dataclasses.asdict(found.forecast)
+    return {
+        "ok": not found.errors,
+        "errors": listed(found.errors),
+        "warnings": listed(found.warnings),
+        "hints": listed(found.hints),
+        "forecast": forecast,
+        "dialect": None if loaded.report is None else dataclasses.asdict(loaded.report),
+    }
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def _at(entry: Entry) -> str:
+    return f"line {entry.line}: " if entry.line is not None else ""
+
+
+def _where(finding: Finding, origins: Mapping[str, str]) -> str:
+    return finding.as_error(origins).where

@@ -1,0 +1,49 @@
+"""Finding checkpoints in a run folder and proving that they are as they were written."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from gesso.core.folder import WEIGHTS
+from gesso.core.resolve import file_sha256
+
+MANIFEST, OPTIMIZER, POSITION, AVERAGE = "manifest.json", "state/optimizer.safetensors", "state/position.json", "ema"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def listed(folder: Path) -> dict[int, Path]:
+    """Checkpoint folders of a run by step, oldest first, whole or not."""
+    found = {int(m[1]): p for p in folder.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name))}
+    return dict(sorted(found.items()))
+
+
+def newest(folder: Path) -> tuple[Path | None, dict[Path, list[str]]]:
+    """The newest checkpoint whose every byte is as written, and why newer ones were passed over."""
+    refused: dict[Path, list[str]] = {}
+    for path in reversed(listed(folder).values()):
+        problems = faults(path)
+        if not problems:
+            return path, refused
+        refused[path] = problems
+    return None, refused
+
+
+def faults(path: Path) -> list[str]:
+    """What is wrong with a checkpoint folder: missing, resized or altered files. Empty if it is as written."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        expected = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{MANIFEST} is unreadable ({type(error).__name__})"]
+    problems = [f"{name} is not listed" for name in (WEIGHTS, OPTIMIZER, POSITION) if name not in expected]
+    for name, (size, digest) in expected.items():
+        file = path / name
+        if not file.is_file():
+            problems.append(f"{name} is missing")
+        elif file.stat().st_size != size:
+            problems.append(f"{name} has {file.stat().st_size} bytes instead of {size}")
+        elif file_sha256(file) != digest:
+            problems.append(f"{name} was altered after it was written")
+    return problems

@@ -1,0 +1,83 @@
+"""Each part that is frozen or has a learning rate of 0 moves by exactly 0; every other part moves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gesso import stages
+from run_helpers import MakeRun
+
+
+def trained(folder: Any) -> dict[str, float]:
+    """The largest entry of the trained B matrices (which start at 0) by part."""
+    state = load_file(folder / "checkpoint-2" / "pytorch_lora_weights.safetensors")
+    moved: dict[str, float] = {}
+    for name, tensor in state.items():
+        if name.endswith("lora_B.weight"):
+            part = name.split(".")[0]
+            moved[part] = max(moved.get(part, 0.0), float(tensor.abs().max()))
+            assert tensor.dtype == torch.float32
+    return moved
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize(
+    ("on", "rates", "parts"),
+    [
+        (False, None, {"unet"}),
+        (True, None, {"unet", "text_encoder", "text_encoder_2"}),
+        (True, [1e-3], {"unet", "text_encoder", "text_encoder_2"}),
+        (True, [1e-3, 0], {"unet", "text_encoder"}),
+        (True, [0, 1e-3], {"unet", "text_encoder_2"}),
+        (True, [0], {"unet"}),
+    ],
+)
+def test_trained_parts(make_run: MakeRun, on: bool, rates: Any, parts: set[str], accumulation: int) -> None:
+    run = make_run(
+        "run",
+        adapter__train_text_encoders=on,
+        training__text_encoder_learning_rates=rates,
+        training__accumulation=accumulation,
+        training__batch_size=1,
+        training__steps=2,
+    )
+    moved = trained(stages.train(run))
+    assert set(moved) == parts
+    assert all(value > 0 for value in moved.values())
+
+
+def test_the_base_model_never_moves(make_run: MakeRun) -> None:
+    from gesso.core.folder import RunFolder
+    from gesso.core.runtime import Runtime
+    from gesso.training import loop
+    from gesso.training.session import Session
+
+    run = make_run("run", adapter__train_text_encoders=True, training__steps=2)
+    runtime = Runtime.detect("fp32", "cpu")
+    folder = RunFolder(run.folder)
+    folder.prepare()
+    data = stages.prepare(run, folder, runtime, lambda event: None)
+    session = Session.build(run, data.parts, runtime)
+    networks = session.policy.networks
+    before = [{k: v.clone() for k, v in n.state_dict().items() if "lora" not in k} for n in networks]
+    loop.fit(
+        run,
+        policy=session.policy,
+        learner=session.learner,
+        stream=data.stream,
+        runtime=runtime,
+        actions=[],
+        emit=lambda event: None,
+        stopping=lambda: False,
+    )
+    assert session.learner.step == 2
+    for network, state in zip(networks, before, strict=True):
+        after = network.state_dict()
+        assert state
+        assert all(torch.equal(after[name], tensor) for name, tensor in state.items())
+    listed = {id(p) for group in session.adapter.parameters().values() for p in group.values()}
+    assert {id(p) for n in networks for p in n.parameters() if p.requires_grad} == listed
