@@ -129,6 +129,19 @@ def test_every_layer_that_a_preset_means_is_adapted_and_no_other(family: SDXL, t
     assert len(wanted) > 20
 
 
+def test_text_encoder_names_are_those_of_files_in_circulation(family: SDXL) -> None:
+    """q, k, v and out of every CLIP layer, with `text_model` in the path whatever transformers calls it."""
+    attached = SPEC.attach(loaded(family), family, seed=0, text_encoders=(0, 1))
+    wanted = {
+        f"{part}.text_model.encoder.layers.{i}.self_attn.{leaf}_proj.lora_{side}.weight"
+        for part in ("text_encoder", "text_encoder_2")
+        for i in range(2)
+        for leaf in ("q", "k", "v", "out")
+        for side in "AB"
+    }
+    assert {name for name in attached.state() if not name.startswith("unet.")} == wanted
+
+
 def test_the_start_depends_on_the_seed_alone(family: SDXL) -> None:
     torch.manual_seed(1)
     one = SPEC.attach(loaded(family), family, seed=5).state()

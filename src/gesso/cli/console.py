@@ -24,7 +24,8 @@ from gesso.core.events import (
 )
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as Bars
+    from rich.console import Group
+    from rich.live import Live
     from rich.progress import TaskID
 
 _WINDOW = 50
@@ -89,8 +90,7 @@ class Console:
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream if stream is not None else sys.stdout
-        self._bars = _make_bars(self._stream) if self._stream.isatty() else None
-        self._tasks: dict[str, TaskID] = {}
+        self._bars = _Bars(self._stream) if self._stream.isatty() else None
         self._tally = Tally()
         self._printed: dict[str, tuple[float, float]] = {}
 
@@ -135,23 +135,20 @@ class Console:
         resumed = f", from step {event.step}" if event.step else ""
         self._line(f"training {event.total_steps} steps on {event.samples} samples an epoch{resumed}: {event.folder}")
         if self._bars is not None:
-            for task in self._tasks.values():
-                self._bars.update(task, visible=False)
+            self._bars.clear()
 
     def _advance(self, task: str, done: int, total: int, figures: str) -> None:
         if self._bars is None:
             if self._due(task, done, total):
                 self._line(f"{task} {done}/{total}  {figures}".rstrip())
             return
-        if task not in self._tasks:
-            self._tasks[task] = self._bars.add_task(task, total=total, figures=figures)
-        self._bars.update(self._tasks[task], completed=done, total=total, figures=figures)
+        self._bars.advance(task, done, total, figures)
 
     def _due(self, task: str, done: int, total: int) -> bool:
         """Whether a line is due without a terminal: the first, the last, and each 10 s or 5 % in between."""
         now, share = time.monotonic(), done / max(total, 1)
         when, before = self._printed.get(task, (float("-inf"), float("-inf")))
-        due = now - when >= _QUIET_SECONDS or share - before >= _QUIET_SHARE or done >= total
+        due = now - when >= _QUIET_SECONDS or share - before >= _QUIET_SHARE - 1e-9 or done >= total
         if due:
             self._printed[task] = (now, share)
         return due
@@ -174,21 +171,49 @@ class Console:
 
     def _line(self, text: str) -> None:
         if self._bars is not None:
-            self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._bars.screen.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             print(text, file=self._stream, flush=True)
 
 
-def _make_bars(stream: TextIO) -> Bars:
-    from rich.console import Console as Screen
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-    from rich.progress import Progress as Bars
+class _Bars:
+    """A bar for each task, and the figures of the run on a line below; made only on a terminal."""
 
-    return Bars(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}", markup=False),
-        console=Screen(file=stream),
-        refresh_per_second=4,
-    )
+    def __init__(self, stream: TextIO) -> None:
+        from rich.console import Console as Screen
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import Progress as Bars
+
+        self.screen = Screen(file=stream)
+        columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=30), MofNCompleteColumn()
+        self._bars = Bars(*columns, console=self.screen, auto_refresh=False)
+        self._live: Live | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._figures = ""
+
+    def start(self) -> None:
+        from rich.live import Live
+
+        self._live = Live(get_renderable=self._picture, console=self.screen, refresh_per_second=4)
+        self._live.start()
+
+    def stop(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def advance(self, task: str, done: int, total: int, figures: str) -> None:
+        if task not in self._tasks:
+            self._tasks[task] = self._bars.add_task(task, total=total)
+        self._bars.update(self._tasks[task], completed=done, total=total)
+        self._figures = figures
+
+    def clear(self) -> None:
+        for task in self._tasks.values():
+            self._bars.update(task, visible=False)
+
+    def _picture(self) -> Group:
+        from rich.console import Group
+        from rich.text import Text
+
+        figures = [Text(self._figures)] if self._figures else []
+        return Group(self._bars.get_renderable(), *figures)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, cast
 
 import typer
 
@@ -34,7 +34,7 @@ def sample(
 ) -> None:
     """Draw pictures."""
     loras = [_weighted(text) for text in lora]
-    _one_of("--precision", precision, ("fp32", "bf16", "fp16", None))
+    chosen = _precision(precision) if precision is not None else None
     from gesso import stages
 
     files = stages.sample(
@@ -50,7 +50,7 @@ def sample(
         count=count,
         output=output,
         device=device,
-        precision=precision,
+        precision=chosen,
     )
     for file in files:
         typer.echo(file)
@@ -71,15 +71,15 @@ def export(
 ) -> None:
     """Write the trained weights as one verified file."""
     _one_of("--format", file_format, ("diffusers", "kohya"))
-    _one_of("--precision", precision, ("fp16", "bf16", "fp32"))
+    chosen = _precision(precision)
     from gesso import stages
 
     path = stages.export(
         target,
-        format=file_format,
+        format=cast(Literal["diffusers", "kohya"], file_format),
         output=output,
         use_ema=ema,
-        precision=precision,
+        precision=chosen,
         hub_repo=hub_repo,
         device=device,
     )
@@ -97,7 +97,11 @@ def _weighted(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-def _one_of(option: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
+def _precision(text: str) -> Literal["fp16", "bf16", "fp32"]:
+    _one_of("--precision", text, ("fp16", "bf16", "fp32"))
+    return cast(Literal["fp16", "bf16", "fp32"], text)
+
+
+def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        words = ", ".join(word for word in allowed if word is not None)
-        raise UserError(f"'{value}' is not one of {words}", where=option)
+        raise UserError(f"'{value}' is not one of {', '.join(allowed)}", where=option)

@@ -141,6 +141,11 @@ class _Reader:
         return result
 
 
+def file_name(text: str) -> str:
+    """Text as a run's name: other characters become dashes. Empty where nothing is left."""
+    return "".join(c if c.isalpha() or c.isdecimal() or c in "_. -" else "-" for c in text).lstrip(" .-")
+
+
 def dotted(path: KeyPath) -> str:
     """`("data", "sources", 0)` as `data.sources.0`."""
     return ".".join(str(part) for part in path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ def write_new(
     if not data.is_dir():
         raise UserError("there is no such folder of images", where=str(data), fix="give the folder with the images")
     captions = any(p.suffix == ".txt" or p.name.endswith(".jsonl") for p in data.rglob("*"))
-    name = re.sub(r"[^\w.-]", "-", data.absolute().name).lstrip(".-") or "run"
+    name = document.file_name(data.absolute().name) or "run"
     text = new_text(data=_beside(data, path), name=name, captions=captions, preset=preset, base=base, trigger=trigger)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, "utf-8")

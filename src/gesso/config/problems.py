@@ -49,7 +49,9 @@ def translate(error: ValidationError, *, locate: Locate, foreign: Mapping[str, s
     """One `UserError` a key; `foreign` names keys of other tools and what they are called here."""
     groups: dict[KeyPath, list[Mapping[str, Any]]] = {}
     for item in error.errors(include_url=False):
-        groups.setdefault(schema.clean(item["loc"]), []).append(item)
+        # A list with a bad item is also called too short: the item alone is the mistake.
+        if item["type"] != "too_short" or not item["input"]:
+            groups.setdefault(schema.clean(item["loc"]), []).append(item)
     return [_one(path, items, locate(path), foreign) for path, items in groups.items()]
 
 
@@ -166,12 +168,11 @@ def _fix(path: KeyPath, items: Sequence[Mapping[str, Any]], given: Any) -> str:
         return f'put it in quotes: "{show(given)}"'
     if "bool" in kinds and isinstance(given, str) and given.lower() in ("yes", "no", "on", "off"):
         return f"write {'true' if given.lower() in ('yes', 'on') else 'false'}"
+    near = schema.nearest(given, schema.choices(info.annotation)) if isinstance(given, str) and info else None
+    if near:
+        return f"did you mean {near}?"
     if "tuple" in kinds and isinstance(given, str):
         return f"write a list: [{show(given)}]"
-    if isinstance(given, str) and info is not None:
-        near = schema.nearest(given, schema.choices(info.annotation))
-        if near:
-            return f"did you mean {near}?"
     if given is None and info is not None:
         return f"give a value or leave the key out (default {show(info.default)})"
     return schema.first_sentence(info) if info is not None else ""

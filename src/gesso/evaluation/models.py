@@ -108,15 +108,21 @@ def trained(target: str, *, use_ema: bool | None = None) -> tuple[RunConfig, Pat
     return run, checkpoint / WEIGHTS
 
 
-def _resolve(target: str) -> tuple[Family, LoRAFile | None]:
-    """The family with its base model, and the trained weights on top of it, if the target has any."""
+def _resolve(target: str) -> tuple[Family, LoRAFile | None, str]:
+    """The family with its base model, the trained weights on top of it if the target has any, and the base's name."""
     path = Path(target).expanduser()
     if (path / "run.yaml").is_file() or (path / WEIGHTS).is_file():
         run, weights = trained(target)
-        return run.model, lora_file.read(weights)
+        return run.model, lora_file.read(weights), run.model.base
     if path.is_file() and path.suffix == ".safetensors":
         _refuse_lora(path)
-    return AnyFamily(base=target), None
+    return AnyFamily(base=target), None, target
+
+
+def _title(weights: Path) -> str:
+    """checkpoint-500, or checkpoint-500 (averaged)."""
+    folder = weights.parent
+    return f"{folder.parent.name} (averaged)" if folder.name == AVERAGE else folder.name
 
 
 def _newest(run: Path) -> Path:

@@ -305,7 +305,7 @@ def _paint_robe(brush: _Brush, person: Person) -> None:
             brush.polygon([(x - 1.1, 30), (x + 1.1, 30), (x + 1.3 + slant, 60), (x - 1.3 + slant, 60)], trim)
     if person.robe == "patterned":
         for x, y in ((14, 36), (34, 36), (18.3, 42), (29.7, 42), (11.5, 43.5), (36.5, 43.5)):
-            brush.polygon([(x, y - 2.4), (x + 1.9, y), (x, y + 2.4), (x - 1.9, y)], _accent(person.robe_colour))
+            brush.polygon([(x, y - 2.8), (x + 2.1, y), (x, y + 2.8), (x - 2.1, y)], _accent(person.robe_colour))
     brush.polygon([(18.6, 29), (21.4, 29), (24.9, 37), (24.9, 60), (23.1, 60), (23.1, 37)], trim)
     brush.polygon([(29.4, 29), (26.6, 29), (23.1, 37), (23.1, 60), (24.9, 60), (24.9, 37)], trim)
 

@@ -234,7 +234,7 @@ RUNS = st.builds(
             "trackers": trackers,
         }
     ),
-    name=st.from_regex(r"[a-z0-9_][\w .-]{0,8}", fullmatch=True),
+    name=st.from_regex(r"[a-zé0-9_][a-zé0-9 .-]{0,8}", fullmatch=True),
     paths=st.lists(st.from_regex(r"/[^\x00/.~][^\x00/.]{0,8}", fullmatch=True), min_size=1, max_size=2),
     text=st.text(max_size=12),
     rate=st.floats(min_value=0, max_value=10),
@@ -271,7 +271,7 @@ def test_a_new_run_file_loads_and_explains_itself(tmp_path: Path) -> None:
         assert run.data.sources[0].missing_captions == "trigger", "the folder has no captions"
         assert any("sks: hare" in prompt for prompt in run.preview.prompts)
         text = path.read_text("utf-8")
-        assert "path: \"My Häse!\"" in text
+        assert 'path: "My Häse!"' in text
         assert "# Batches per optimiser step." in text or "accumulation" not in text
     (data / "a.txt").write_text("a hare")
     files.write_new(path, data=data, base="./model", force=True)

@@ -189,6 +189,12 @@ class TestOrder:
         }
         assert len(orders) == 6
 
+    def test_company_changes_from_epoch_to_epoch(self) -> None:
+        p = plan([row(i) for i in range(24)], 4)
+        companies = [{frozenset(v.row.id for v in w) for w in epoch_of(p, epoch)} for epoch in range(3)]
+        assert not companies[0] & companies[1]
+        assert not companies[1] & companies[2]
+
     def test_full_windows_have_one_shape_and_the_short_one_comes_last(self) -> None:
         rows = [row(i, (64, 64)) for i in range(9)] + [row(i + 50, (128, 32)) for i in range(9)]
         for epoch in range(6):

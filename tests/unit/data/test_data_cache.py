@@ -92,10 +92,12 @@ class TestLatents:
     def test_batches_have_one_shape_and_give_the_same_entries(self, tmp_path: Path) -> None:
         folder = folder_of(tmp_path / "a", 7, ((96, 64), (64, 64)))
         visits = plan_of(data_for(folder, cache=tmp_path / "c")).renditions(range(7))
-        one, three = latents(tmp_path / "one"), latents(tmp_path / "three")
+        one = latents(tmp_path / "one")
         fill(one, visits, PoolingFamily(), batch_size=1)
-        assert fill(three, visits, PoolingFamily(), batch_size=3) == Filled(7, 0, 0)
-        assert all(torch.allclose(one.read(v), three.read(v), atol=1e-6) for v in visits)
+        for size in (2, 3):
+            more = latents(tmp_path / f"by {size}")
+            assert fill(more, visits, PoolingFamily(), batch_size=size) == Filled(7, 0, 0)
+            assert all(torch.allclose(one.read(v), more.read(v), atol=1e-6) for v in visits)
 
     def test_nan_names_the_picture_and_stores_nothing(self, tmp_path: Path) -> None:
         class Overflowing(PoolingFamily):
@@ -175,6 +177,17 @@ class TestDamage:
         entry = store.get("ab" * 32)
         assert entry is not None
         assert torch.equal(entry["x"], torch.arange(6.0))
+
+    def test_an_entry_appears_whole_or_not_at_all(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(_self: Path, _target: Path) -> Path:
+            raise OSError(28, "No space left on device")
+
+        store, key = Store(tmp_path), "ab" * 32
+        monkeypatch.setattr(Path, "replace", fail)
+        with pytest.raises(ResourceError, match="No space left") as caught:
+            store.put(key, {"x": torch.zeros(1)})
+        assert caught.value.exit_code == 3
+        assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
     def test_a_folder_that_cannot_be_written_is_a_resource_error(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("in the way")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from data_helpers import captioned, data_for, folder_of, settle, solid
+from data_helpers import captioned, data_for, folder_of, row, settle, solid
 from PIL import Image
 
 from gesso.config.run import Holdout, Source
@@ -167,6 +168,15 @@ class TestMemory:
             solid(path, (64, 64), (value, 0, 0))
             assert by_name(build(data))["000.png"].image == content_hash(path.read_bytes())
 
+    def test_files_written_this_moment_are_read_again(
+        self, tmp_path: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = folder_of(tmp_path / "a", 2)
+        monkeypatch.setattr(index_module, "_RACY_NS", 3_600_000_000_000)
+        for _ in range(2):
+            build(data_for(folder, cache=tmp_path / "cache"))
+        assert len(decoded) == 4
+
     def test_a_broken_memory_is_only_slow(self, tmp_path: Path, decoded: list[str]) -> None:
         folder = folder_of(tmp_path / "a", 2)
         data = data_for(folder, cache=tmp_path / "cache")
@@ -209,6 +219,16 @@ class TestHoldout:
         after = build(data)
         assert held(before) == held(after) & {row.image for row in before.rows}
         assert len(after.train) + len(after.validation) == 80
+
+    def test_each_picture_is_placed_by_its_own_content(self) -> None:
+        rows = [row(hash_, caption="x") for hash_ in range(200)]
+        everywhere = {r.image for r in index_module._split(rows, 0.25) if r.split == "validation"}
+        assert 30 < len(everywhere) < 70
+        for count in range(20, 200, 7):
+            some = index_module._split(rows[:count], 0.25)
+            assert {r.image for r in some if r.split == "validation"} == everywhere & {r.image for r in some}
+        renamed = [replace(r, caption=f"another {r.id}") for r in rows]
+        assert {r.image for r in index_module._split(renamed, 0.25) if r.split == "validation"} == everywhere
 
     def test_at_least_one_each(self, tmp_path: Path) -> None:
         for count in range(2, 8):

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from gesso.config.dialects.draft import Draft, Item, number, words
+from gesso.config.document import file_name
 from gesso.config.problems import range_hint, show
 
 _SCHEDULES = {
@@ -188,7 +189,7 @@ def _output(draft: Draft) -> None:
     if item is None:
         return
     draft.set("output", item.value, item)
-    name = re.sub(r"[^\w .-]", "-", Path(str(item.value)).name).lstrip(" .-")
+    name = file_name(Path(str(item.value)).name)
     if name and "run_name" not in draft.items:
         draft.assume("name", name, "the output folder's name")
 

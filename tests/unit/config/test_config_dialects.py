@@ -1,0 +1,391 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from config_guides import (
+    AGGRESSIVE,
+    CACHE,
+    CONSERVATIVE,
+    FLAT,
+    IDENTITY,
+    LORA,
+    MEMORY,
+    NESTED,
+    OUT_OF_MEMORY,
+    PRIOR,
+    SLOW,
+    TEXT_ENCODER,
+    VALIDATION,
+    WANDB,
+)
+
+from gesso.config import dialects, document, files
+from gesso.config.dialects import DialectReport
+from gesso.config.files import Loaded
+from gesso.errors import Problems, UserError
+
+NESTED_NAME, FLAT_NAME = "nested SDXL training YAML", "diffusers options"
+LOCAL_FLAT = FLAT.replace("your-username/your-dataset", "./my_dataset")
+
+
+def load(text: str, folder: Path = Path("/data")) -> Loaded:
+    return files.load_text(text, folder=folder)
+
+
+def merged(fragment: str, *, into: str | None = None) -> str:
+    """The minimal nested file with a fragment laid over it; `into` names the section of bare keys."""
+    base = document.parse(NESTED, file="x").data
+    data = document.parse(fragment, file="x").data
+    for section, values in ({into: data} if into else data).items():
+        if isinstance(values, dict):
+            base.setdefault(section, {}).update(values)
+        else:
+            base[section] = values
+    return document.emit(base)
+
+
+def problems(text: str) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        load(text)
+    error = caught.value
+    found = error.problems if isinstance(error, Problems) else (error,)
+    return [" ".join(" ".join(problem.lines()).split()) for problem in found]
+
+
+def report(loaded: Loaded) -> DialectReport:
+    assert loaded.report is not None
+    return loaded.report
+
+
+def notes(entries: tuple[dialects.Entry, ...]) -> dict[str, str]:
+    return {entry.key: entry.note for entry in entries}
+
+
+def leaves(text: str) -> set[str]:
+    """Dotted keys of a file, lists taken as one value."""
+    found = set()
+    for key, value in document.parse(text, file="x").data.items():
+        found |= {f"{key}.{inner}" for inner in value} if isinstance(value, dict) else {key}
+    return found
+
+
+def test_the_nested_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    loaded = load(NESTED)
+    run = loaded.run
+    assert report(loaded).tool == NESTED_NAME
+    assert run.model.base == "stabilityai/stable-diffusion-xl-base-1.0"
+    (source,) = run.data.sources
+    assert (source.path, source.metadata) == (tmp_path / "data/train", "metadata.jsonl")
+    assert (source.image_column, source.caption_column) == ("image_path", "prompt")
+    assert run.data.resolution == 1024
+    assert (run.adapter.rank, run.adapter.alpha) == (64, 64)
+    assert run.adapter.targets == ("to_q", "to_k", "to_v", "to_out.0")
+    training = run.training
+    assert (training.steps, training.epochs) == (500, None), "max_train_steps wins"
+    assert (training.batch_size, training.accumulation, training.learning_rate) == (1, 4, 1e-4)
+    assert (training.precision, training.attention, training.gradient_checkpointing) == ("fp16", "xformers", True)
+    assert (training.schedule.type, training.schedule.warmup) == ("constant", 0)
+    assert (str(run.output), run.name) == ("output/aldar_kose_lora", "aldar_kose_lora")
+    assert run.checkpoint.every == run.checkpoint.keep_every == 500, "the tool keeps every checkpoint"
+    assert loaded.origins["training.steps"] == "run.yaml:29"
+    assert loaded.origins["data.buckets.enabled"] == f"as {NESTED_NAME} does"
+    assert notes(report(loaded).ignored) == {
+        "training.num_epochs": "training.max_train_steps wins over it, as in the diffusers scripts"
+    }
+
+
+def test_the_flat_guide_with_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    loaded = load(LOCAL_FLAT)
+    run = loaded.run
+    assert report(loaded).tool == FLAT_NAME
+    assert run.model.vae == "madebyollin/sdxl-vae-fp16-fix"
+    (source,) = run.data.sources
+    assert source.path == tmp_path / "my_dataset"
+    assert (source.image_column, source.caption_column) == ("file_name", "text")
+    assert (run.adapter.rank, run.adapter.alpha, run.adapter.dropout) == (8, 16, 0.1)
+    assert run.adapter.targets == ("to_k", "to_q", "to_v", "to_out.0")
+    assert (run.training.steps, run.training.epochs, run.training.learning_rate) == (None, 100, 1e-4)
+    assert (run.training.accumulation, run.training.precision) == (4, "fp16")
+    assert (str(run.output), run.checkpoint.every, run.checkpoint.keep_last) == ("outputs", 500, 5)
+    assert not report(loaded).ignored
+
+
+def test_a_hub_dataset_is_refused_with_its_line() -> None:
+    (found,) = problems(FLAT)
+    assert found.startswith("run.yaml:6: dataset_name: 'your-username/your-dataset': there is no such folder")
+    assert "datasets from the hub come in a later version" in found
+
+
+@pytest.mark.parametrize("text", [NESTED, LOCAL_FLAT, merged(LORA), merged(WANDB), merged(VALIDATION), merged(SLOW)])
+def test_no_key_is_dropped_in_silence(text: str) -> None:
+    loaded = load(text)
+    seen = {entry.key for entry in (*report(loaded).mapped, *report(loaded).ignored, *report(loaded).refused)}
+    assert leaves(text) <= seen
+
+
+@pytest.mark.parametrize(("text", "steps"), [(CONSERVATIVE, "400-500"), (AGGRESSIVE, "800-1000")])
+def test_a_range_in_prose_is_refused(text: str, steps: str) -> None:
+    for whole in (text + "train_data_dir: x\n", merged(text, into="training")):
+        (found,) = problems(whole)
+        low = steps.split("-")[0]
+        assert f"max_train_steps must be a whole number, not '{steps}'" in found
+        assert f"{steps} is a range, not a value: choose one number, such as {low}" in found
+
+
+def test_bare_fragments_of_the_guide() -> None:
+    run = load(CONSERVATIVE.replace("400-500", "400") + "train_data_dir: x\n").run
+    assert (run.training.steps, run.training.accumulation) == (400, 4)
+    run = load(merged(AGGRESSIVE.replace("800-1000", "900"), into="training")).run
+    assert (run.training.steps, run.training.learning_rate, run.training.batch_size) == (900, 5e-5, 2)
+    assert run.adapter.train_text_encoders
+    assert load(merged(CACHE)).run == load(merged(CACHE, into="dataset")).run == load(NESTED).run
+
+
+def test_lora_fragment_leaves_out_layers_that_sdxl_lacks() -> None:
+    loaded = load(merged(LORA))
+    assert loaded.run.adapter.targets == ("to_q", "to_k", "to_v", "to_out.0")
+    ignored = notes(report(loaded).ignored)
+    for name in ("add_k_proj", "add_v_proj"):
+        assert "SDXL has no such layer" in ignored[f"lora.target_modules.{name}"]
+
+
+def test_wandb_fragment() -> None:
+    trackers = load(merged(WANDB)).run.trackers
+    assert [tracker.type for tracker in trackers] == ["tensorboard", "wandb"]
+    assert trackers[1].model_dump() == {
+        **{"type": "wandb", "project": "aldar-kose-training", "run_name": "dreambooth-lora-v1", "entity": None}
+    }
+    loaded = load(merged(WANDB.replace("use_wandb: true", "use_wandb: false")))
+    assert [tracker.type for tracker in loaded.run.trackers] == ["tensorboard"]
+    assert notes(report(loaded).ignored)["logging.wandb_project"] == "Weights & Biases is off"
+
+
+def test_validation_fragment_becomes_previews() -> None:
+    preview = load(merged(VALIDATION)).run.preview
+    assert (len(preview.prompts), preview.every) == (4, 100)
+    preview = load(merged(VALIDATION.replace("samples: 4", "samples: 6"))).run.preview
+    assert [preview.prompts.count(prompt) for prompt in dict.fromkeys(preview.prompts)] == [2, 2, 1, 1]
+    run = load(merged(VALIDATION + "dataset:\n  val_data_dir: held\n")).run
+    assert run.validation.every == 100
+    assert load(merged(VALIDATION)).run.validation.every is None
+
+
+def test_speed_and_text_encoder_fragments() -> None:
+    assert load(merged(SLOW)).run.data.workers == 4
+    run = load(merged(TEXT_ENCODER)).run
+    assert run.adapter.train_text_encoders
+    assert run.training.text_encoder_learning_rates is None
+    run = load(merged("text_encoder:\n  train_text_encoder: true\n  learning_rate: 5e-6\n")).run
+    assert run.training.text_encoder_learning_rates == (5e-6,)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "words"),
+    [
+        (PRIOR, "prior_preservation.enabled", "prior preservation comes in a later version"),
+        (MEMORY, "training.enable_cpu_offload", "CPU offload comes in a later version"),
+        (OUT_OF_MEMORY, "training.enable_cpu_offload", "CPU offload comes in a later version"),
+        (IDENTITY, "consistency.enable_identity_loss", "the identity loss comes in a later version"),
+        ("model:\n  finetune_method: full\n", "model.finetune_method", "full fine-tuning comes in a later version"),
+        ("training:\n  scale_lr: true\n", "training.scale_lr", "multiply it yourself"),
+        ("training:\n  optimizer: prodigy\n", "training.optimizer", "this optimizer comes in a later version"),
+        ("logging:\n  report_to: comet_ml\n", "logging.report_to", "comet_ml comes in a later version"),
+        ("training:\n  hub_token: hf_x\n", "training.hub_token", "a token does not belong in a file"),
+    ],
+)
+def test_what_is_not_there_is_refused_by_name(text: str, key: str, words: str) -> None:
+    (found,) = problems(merged(text))
+    assert key in found
+    assert words in found
+
+
+@pytest.mark.parametrize("text", [PRIOR, MEMORY, OUT_OF_MEMORY, IDENTITY])
+def test_the_same_switched_off_is_accepted(text: str) -> None:
+    off = text.replace("enabled: true", "enabled: false").replace("identity_loss: true", "identity_loss: false")
+    off = off.replace("enable_cpu_offload: true", "enable_cpu_offload: false")
+    loaded = load(merged(off))
+    assert not report(loaded).refused
+    seen = {entry.key for entry in (*report(loaded).mapped, *report(loaded).ignored)}
+    assert leaves(merged(off)) <= seen
+    assert any(note.startswith("off (") for note in notes(report(loaded).ignored).values())
+    if text is MEMORY:
+        assert loaded.run.training.optimizer.type == "adamw8bit"
+        assert loaded.run.training.accumulation == 8
+
+
+def test_everything_refused_is_named_in_one_go() -> None:
+    text = merged(PRIOR)
+    for extra in (IDENTITY, "model: {finetune_method: full}", "training: {enable_cpu_offload: true}"):
+        base = document.parse(text, file="x").data
+        for section, values in document.parse(extra, file="x").data.items():
+            base.setdefault(section, {}).update(values)
+        text = document.emit(base)
+    found = problems(text.replace("rank: 64", "rank: 0"))
+    assert len(found) == 5
+    assert any("lora.rank must be at least 1, not 0" in one for one in found), "in the words of the file"
+
+
+def test_dreambooth_without_prior_is_lora_on_the_instance_images() -> None:
+    loaded = load(merged("model:\n  finetune_method: dreambooth\n"))
+    assert loaded.run.adapter.type == "lora"
+    assert "without prior preservation" in notes(report(loaded).assumed)["objective.type"]
+
+
+@pytest.mark.parametrize(
+    ("name", "warmup", "expected", "expected_warmup"),
+    [
+        ("constant", 100, "constant", 0),
+        ("constant_with_warmup", 100, "constant", 100),
+        ("cosine", 10, "cosine", 10),
+        ("cosine_with_restarts", 0, "cosine_restarts", 0),
+        ("polynomial", 0, "polynomial", 0),
+    ],
+)
+def test_schedules(name: str, warmup: int, expected: str, expected_warmup: int) -> None:
+    loaded = load(merged(f"training:\n  lr_scheduler: {name}\n  lr_warmup_steps: {warmup}\n  lr_num_cycles: 3\n"))
+    schedule = loaded.run.training.schedule
+    assert (schedule.type, schedule.warmup) == (expected, expected_warmup)
+    assert schedule.cycles == (3 if name == "cosine_with_restarts" else 1)
+    ignored = notes(report(loaded).ignored)
+    assert ("training.lr_warmup_steps" in ignored) == (name == "constant"), "diffusers ignores it for constant"
+
+
+def test_an_unknown_schedule_is_named() -> None:
+    (found,) = problems(merged("training:\n  lr_scheduler: piecewise_constant\n"))
+    assert "training.lr_scheduler must be one of constant" in found
+
+
+@pytest.mark.parametrize(
+    ("line", "precision"), [("no", "fp32"), ("'no'", "fp32"), ("false", "fp32"), ("bf16", "bf16"), ("fp16", "fp16")]
+)
+def test_mixed_precision_words(line: str, precision: str) -> None:
+    assert load(f"train_data_dir: x\nmax_train_steps: 1\nmixed_precision: {line}").run.training.precision == precision
+
+
+def test_common_script_options() -> None:
+    text = """\
+pretrained_model_name_or_path: a/b
+train_data_dir: x
+max_train_steps: 10
+seed: 7
+resolution: 512
+center_crop: false
+random_flip: yes
+rank: 4
+snr_gamma: 5.0
+noise_offset: 0.05
+max_grad_norm: 0.5
+adam_beta1: 0.8
+adam_beta2: 0.99
+adam_weight_decay: 0.1
+adam_epsilon: "1e-6"
+use_8bit_adam: false
+checkpointing_steps: 250
+checkpoints_total_limit: 2
+validation_prompt: a cat
+num_validation_images: 3
+report_to: all
+gradient_checkpointing: off
+enable_xformers_memory_efficient_attention: false
+use_ema: true
+dataloader_num_workers: 0
+allow_tf32: true
+resume_from_checkpoint: latest
+push_to_hub: true
+hub_model_id: me/it
+"""
+    loaded = load(text)
+    run = loaded.run
+    assert (run.seed, run.data.resolution, run.data.crop, run.data.flip) == (7, 512, "random", True)
+    assert (run.objective.min_snr_gamma, run.objective.noise_offset) == (5, 0.05)
+    optimizer = run.training.optimizer
+    assert (optimizer.type, optimizer.beta1, optimizer.beta2) == ("adamw", 0.8, 0.99)
+    assert (optimizer.weight_decay, optimizer.eps, run.training.clip) == (0.1, 1e-6, 0.5)
+    assert (run.checkpoint.every, run.checkpoint.keep_last, run.checkpoint.keep_every) == (250, 2, None)
+    assert run.preview.prompts == ("a cat",) * 3
+    assert [tracker.type for tracker in run.trackers] == ["tensorboard", "wandb"]
+    assert (run.training.gradient_checkpointing, run.training.attention) == (False, "sdpa")
+    assert (run.training.ema.enabled, run.data.workers) == (True, 0)
+    assert (report(loaded).hub_repo, report(loaded).resume) == ("me/it", "latest")
+    assert leaves(text) <= {entry.key for entry in (*report(loaded).mapped, *report(loaded).ignored)}
+
+
+def test_the_same_setting_twice() -> None:
+    both = merged("dataset:\n  resolution: 512\n")
+    (found,) = problems(both)
+    assert "dataset.resolution is 512 but model.resolution" in found
+    loaded = load(merged("dataset:\n  resolution: 1024\n"))
+    assert "says the same" in notes(report(loaded).ignored)["dataset.resolution"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("training:\n  learning_rat: 1\n", "unknown key training.learning_rat (read as a file of nested"),
+        ("training:\n  learning_rat: 1\n", "did you mean learning_rate?"),
+        ("lora:\n  rnak: 1\n", "did you mean rank?"),
+        ("datset:\n  x: 1\n", "unknown key datset (read as nested SDXL training YAML) -> did you mean dataset?"),
+        ("lora:\n  learning_rate: 1\n", "unknown key lora.learning_rate"),
+    ],
+)
+def test_unknown_keys_are_errors_with_the_nearest_spelling(text: str, words: str) -> None:
+    (found,) = problems(merged(text))
+    assert words in found
+
+
+def test_a_file_without_images_or_length_says_so_once() -> None:
+    found = problems("lora:\n  rank: 4\n  alpha: 4\n")
+    assert [one.split(": ", 1)[1].split(" ->")[0] for one in found] == [
+        *("no training images are named", "the run has no length"),
+    ]
+
+
+def test_paths_start_from_the_working_directory_else_from_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    (here / "both").mkdir(parents=True)
+    (there / "both").mkdir(parents=True)
+    (there / "only").mkdir()
+    monkeypatch.chdir(here)
+    for name, expected in (("both", here), ("only", there), ("neither", here)):
+        text = f"train_data_dir: {name}\nmax_train_steps: 1"
+        assert load(text, folder=there).run.data.sources[0].path == expected / name
+    assert load("dataset_name: only\nlora_rank: 4\nnum_epochs: 1", folder=there).run.data.sources[0].path.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("text", "tool"),
+    [
+        (NESTED, NESTED_NAME),
+        (LORA, NESTED_NAME),
+        (PRIOR, NESTED_NAME),
+        (FLAT, FLAT_NAME),
+        (CONSERVATIVE, FLAT_NAME),
+        (CACHE, FLAT_NAME),
+        ("name: x\nseed: 1\ndata: {sources: []}\ntraining: {steps: 1}", None),
+        ("preset: style", None),
+        ("data: {sources: []}\ntraining: {steps: 3, learning_rate: 1, train_batch_size: 2}", None),
+        ("data: {sources: []}\ntraining: {steps: 3}\nlora_rank: 2", None),
+        ("nonsense: 1", None),
+    ],
+)
+def test_detection(text: str, tool: str | None) -> None:
+    assert dialects.detect(document.parse(text, file="x").data) == tool
+
+
+def test_foreign_names_point_at_keys_that_exist() -> None:
+    from gesso.config import schema
+
+    names = dialects.foreign_names()
+    assert names["train_batch_size"] == "training.batch_size"
+    for native in names.values():
+        assert schema.locate(tuple(native.split(".")))[1] is not None, native
+
+
+def test_sets_are_in_our_names() -> None:
+    run = files.load_text(NESTED, folder=Path("/"), sets=["training.steps=3", "training.attention=sdpa"]).run
+    assert (run.training.steps, run.training.attention) == (3, "sdpa")
