@@ -69,7 +69,9 @@ class LoRA(Spec):
             init_lora_weights=False,
         )
         config._register_custom_module({nn.Linear: _fused_linear()})
+        training = network.training
         inject_adapter_in_model(config, network)
+        network.train(training)  # peft's new layers would have their dropout on in any case
         for name, layer in _lora_layers(network):
             a, b = _matrices(layer)
             bound = 1 / math.sqrt(a[0].numel())

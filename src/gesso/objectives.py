@@ -25,7 +25,7 @@ class Denoise(Spec):
     min_snr_gamma: float | None = Field(default=None, gt=0)
     """Min-SNR loss weighting (Hang et al. 2023); 5 is the paper's choice, empty turns it off."""
     noise_offset: float = Field(default=0.0, ge=0)
-    """Standard deviation of a constant added to each sample's and channel's noise; helps very dark or bright pictures."""
+    """Deviation of a constant added to the noise of each sample and channel; helps very dark or bright pictures."""
     input_perturbation: float = Field(default=0.0, ge=0)
     """Extra noise in the input only, not in the target (Ning et al. 2023); 0.1 is usual."""
     timestep_low: float = Field(default=0.0, ge=0, lt=1)

@@ -16,7 +16,7 @@ from gesso.config import files
 from gesso.config.run import RunConfig
 from gesso.core import checkpoints
 from gesso.core.batch import Batch
-from gesso.core.events import Event, Failed, Finished, Progress, RunStarted, Saved, Validated, Warned
+from gesso.core.events import Event, Finished, Progress, RunStarted, Saved, Validated, Warned
 from gesso.core.folder import RunFolder, write_atomic, write_json
 from gesso.core.provenance import provenance
 from gesso.core.runtime import Precision, Runtime
@@ -33,7 +33,7 @@ from gesso.evaluation.preview import Previewer
 from gesso.evaluation.sample import Shot
 from gesso.export import lora
 from gesso.export.lora import About, Format
-from gesso.trackers import Jsonl, Trackers
+from gesso.trackers import RunLog
 from gesso.training import checkpoint, loop, validation
 from gesso.training import resume as continuity
 from gesso.training.checkpoint import Snapshot
@@ -60,7 +60,8 @@ def train(run: RunConfig, *, resume: str | None = None, accept: Collection[str] 
         store = checkpoint.Store(folder.path, run.checkpoint, warn=lambda text: emit(Warned(0, text)))
         store.sweep()
         start = _starting_point(store, resume, emit)
-        with _Log(run, folder, start, stopping, emit) as tell:
+        started_at = start.step if start else 0
+        with RunLog(folder, run.trackers, name=run.name, started_at=started_at, stopping=stopping, emit=emit) as tell:
             runtime = Runtime.detect(run.training.precision, run.training.device)
             data = prepare(run, folder, runtime, tell)
             identity = continuity.identity(run, hashes=data.hashes)
@@ -371,36 +372,3 @@ def _check_identity(start: Snapshot, now: Mapping[str, Any], accept: Collection[
 def _record(run: RunConfig, folder: RunFolder, identity: Mapping[str, Any]) -> None:
     write_atomic(folder.config, files.dump(run).encode())
     write_json(folder.lock_file, provenance() | {"identity": dict(identity)})
-
-
-class _Log:
-    """The run's trackers as a context: what is told goes to them and to the caller, failures included."""
-
-    def __init__(
-        self,
-        run: RunConfig,
-        folder: RunFolder,
-        start: Snapshot | None,
-        stopping: Stopping,
-        emit: Emit,
-    ) -> None:
-        self._step = start.step if start else 0
-        self._trackers = Trackers(Jsonl(folder, started_at=self._step), run.trackers, folder, name=run.name, warn=emit)
-        self._folder, self._stopping, self._emit = folder, stopping, emit
-
-    def __enter__(self) -> Emit:
-        return self._tell
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is not None:
-            code = error.exit_code if isinstance(error, UserError) else 75 if kind is KeyboardInterrupt else 1
-            message = error.what if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            self._tell(Failed(self._step, message, code, resumable=bool(checkpoints.listed(self._folder.path))))
-        self._trackers.close()
-
-    def _tell(self, event: Event) -> None:
-        if isinstance(event, Progress) and self._stopping():
-            raise Interrupted("stopped as asked, before training began", fix="start it again; what is cached is kept")
-        self._step = max(self._step, event.step)
-        self._trackers.handle(event)
-        self._emit(event)

@@ -6,17 +6,19 @@ import json
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from gesso.core import checkpoints
 from gesso.core.events import (
     Event,
     Failed,
     Finished,
     PreviewReady,
+    Progress,
     RunStarted,
     Saved,
     StepDone,
@@ -25,6 +27,7 @@ from gesso.core.events import (
 )
 from gesso.core.folder import RunFolder, write_json
 from gesso.core.seams import Emit, Spec, Tracker
+from gesso.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -108,41 +111,65 @@ class Jsonl:
         write_json(self._folder.metrics, _flat(self._curves), durable=False)
 
 
-class Trackers:
-    """All trackers of a run behind one `handle`. One that fails is dropped with a warning; the run goes on."""
+class RunLog:
+    """A run's trackers as a context: what is told goes to all of them and to `emit`, the way the run ends included.
 
-    def __init__(self, always: Jsonl, extra: Sequence[AnyTracker], folder: RunFolder, *, name: str, warn: Emit) -> None:
-        self._always, self._warn = always, warn
+    A tracker that fails is dropped with a warning and the run goes on; only the local log may raise. While something is
+    being prepared, `stopping()` ends it with `Interrupted`; in training the loop asks by itself.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        extra: Sequence[AnyTracker],
+        *,
+        name: str,
+        started_at: int,
+        stopping: Callable[[], bool],
+        emit: Emit,
+    ) -> None:
+        self._folder, self._step, self._stopping, self._emit = folder, started_at, stopping, emit
+        self._local = Jsonl(folder, started_at=started_at)
         self._others: dict[str, Tracker] = {}
         for spec in extra:
             try:
                 self._others[spec.type] = spec.open(folder, name=name)
             except Exception as error:
-                self._report(spec.type, error, 0)
+                self._left_out(spec.type, error)
 
-    def handle(self, event: Event) -> None:
-        """Pass the event on; only the local log may raise."""
-        self._always.handle(event)
+    def __enter__(self) -> Emit:
+        return self.tell
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            code = error.exit_code if isinstance(error, UserError) else 75 if kind is KeyboardInterrupt else 1
+            message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            self.tell(Failed(self._step, message, code, resumable=bool(checkpoints.listed(self._folder.path))))
+        for name, tracker in self._others.items():
+            try:
+                tracker.close()
+            except Exception as failure:
+                self._left_out(name, failure)
+        self._local.close()
+
+    def tell(self, event: Event) -> None:
+        """Pass an event on to everyone."""
+        if isinstance(event, Progress) and self._stopping():
+            raise Interrupted("stopped as asked, before training began", fix="start it again; what is cached is kept")
+        self._step = max(self._step, event.step)
+        self._local.handle(event)
         for name, tracker in list(self._others.items()):
             try:
                 tracker.handle(event)
             except Exception as error:
                 del self._others[name]
-                self._report(name, error, event.step)
+                self._left_out(name, error)
+        self._emit(event)
 
-    def close(self) -> None:
-        """Close all trackers."""
-        for name, tracker in self._others.items():
-            try:
-                tracker.close()
-            except Exception as error:
-                self._report(name, error, 0)
-        self._always.close()
-
-    def _report(self, name: str, error: Exception, step: int) -> None:
-        warning = Warned(step, f"{name} stopped working and is left out: {error}. Training goes on.")
-        self._always.handle(warning)
-        self._warn(warning)
+    def _left_out(self, name: str, error: Exception) -> None:
+        warning = Warned(self._step, f"{name} does not work and is left out: {error}. Training goes on.")
+        self._local.handle(warning)
+        self._emit(warning)
 
 
 class _TensorBoard:

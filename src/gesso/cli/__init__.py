@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 
@@ -10,5 +11,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from gesso.cli.app import app
     from gesso.cli.failure import reporting
 
+    # Their remarks are for programmers; what matters to a run is checked and told by us.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     with reporting():
         app(arguments, prog_name="gesso")

@@ -139,18 +139,18 @@ class Console:
 
     def _advance(self, task: str, done: int, total: int, figures: str) -> None:
         if self._bars is None:
-            if self._due(task, done, total):
+            if self._due(task, done, total, share=_QUIET_SHARE if figures else 1.0):
                 self._line(f"{task} {done}/{total}  {figures}".rstrip())
             return
         self._bars.advance(task, done, total, figures)
 
-    def _due(self, task: str, done: int, total: int) -> bool:
-        """Whether a line is due without a terminal: the first, the last, and each 10 s or 5 % in between."""
-        now, share = time.monotonic(), done / max(total, 1)
-        when, before = self._printed.get(task, (float("-inf"), float("-inf")))
-        due = now - when >= _QUIET_SECONDS or share - before >= _QUIET_SHARE - 1e-9 or done >= total
+    def _due(self, task: str, done: int, total: int, *, share: float) -> bool:
+        """Whether a line is due without a terminal: for the last item, and after 10 s or this share of the work."""
+        now, part = time.monotonic(), done / max(total, 1)
+        when, before = self._printed.setdefault(task, (now, 0.0))
+        due = now - when >= _QUIET_SECONDS or part - before >= share - 1e-9 or done >= total
         if due:
-            self._printed[task] = (now, share)
+            self._printed[task] = (now, part)
         return due
 
     def _finished(self, event: Finished) -> None:

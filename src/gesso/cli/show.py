@@ -12,7 +12,7 @@ from gesso.errors import UserError
 
 if TYPE_CHECKING:
     from gesso.config.advice import Advice, Finding, Forecast
-    from gesso.config.dialects import DialectReport, Entry
+    from gesso.config.dialects import DialectReport
     from gesso.config.files import Loaded
 
 
@@ -21,10 +21,10 @@ def report(dialect: DialectReport | None) -> None:
     if dialect is None:
         return
     typer.echo(f"read as {dialect.tool}:")
-    for entry in dialect.mapped:
-        typer.echo(f"  {_at(entry)}{entry.key} -> {entry.note}")
-    for entry in dialect.ignored:
-        typer.echo(f"  {_at(entry)}{entry.key}: no effect: {entry.note}")
+    lines = [(entry.line or 0, f"{entry.key} -> {entry.note}") for entry in dialect.mapped]
+    lines += [(entry.line or 0, f"{entry.key}: no effect: {entry.note}") for entry in dialect.ignored]
+    for number, text in sorted(lines, key=lambda line: line[0]):
+        typer.echo(f"  line {number}: {text}")
     for entry in dialect.assumed:
         typer.echo(f"  filled in: {entry.key} = {entry.note}")
 
@@ -101,10 +101,6 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}"
         count /= 1024
     return f"{count:.1f} GiB"
-
-
-def _at(entry: Entry) -> str:
-    return f"line {entry.line}: " if entry.line is not None else ""
 
 
 def _where(finding: Finding, origins: Mapping[str, str]) -> str:

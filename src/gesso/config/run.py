@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from gesso.adapters import AnyAdapter, LoRA
 from gesso.core.schedule import Schedule
 from gesso.core.seams import Spec
-from gesso.families import SDXL, AnyFamily
+from gesso.families import AnyFamily
 from gesso.objectives import AnyObjective, Denoise
 from gesso.trackers import AnyTracker, TensorBoard
 
@@ -222,7 +222,7 @@ class RunConfig(Spec):
     """The run folder, relative to the working directory. Empty: runs/<name>."""
     seed: int = Field(default=0, ge=0)
     """Every random number of the run is a function of this, the epoch and the image."""
-    model: AnyFamily = SDXL()
+    model: AnyFamily = AnyFamily()
     data: Data
     adapter: AnyAdapter = LoRA()
     objective: AnyObjective = Denoise()

@@ -32,7 +32,7 @@ class Batch:
 
     latents  [B, C, h, w] float32, scaled as the denoiser expects
     noise    [B, C, h, w] float32, standard normal
-    u        [B] float64 in [0, 1), decides the timestep
+    u        [B] float32 in [0, 1], decides the timestep
     weights  [B] float32, the per-sample loss weight
     geometry one `Geometry` per sample
     text     cached text embeddings, each [B, ...], or None where text encoders are live

@@ -9,7 +9,8 @@ from pathlib import Path
 from gesso.core.folder import WEIGHTS
 from gesso.core.resolve import file_sha256
 
-MANIFEST, OPTIMIZER, POSITION, AVERAGE = "manifest.json", "state/optimizer.safetensors", "state/position.json", "ema"
+MANIFEST, AVERAGE = "manifest.json", "ema"
+OPTIMIZER, SHADOW, POSITION = "state/optimizer.safetensors", "state/average.safetensors", "state/position.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 

@@ -19,14 +19,14 @@ class LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        # On x as it is, not on its rows: another shape may round differently, and B = 0 must give the base exactly.
+        y = functional.linear(x, weight, bias)
         rows = x.reshape(-1, x.shape[-1])
-        a_low, b_low = a.to(x.dtype), b.to(x.dtype)
-        y = functional.linear(rows, weight, bias)
-        inner = rows @ a_low.t()
-        y.addmm_(inner, b_low.t(), alpha=scale)
+        inner = rows @ a.to(x.dtype).t()
+        y.view(-1, weight.shape[0]).addmm_(inner, b.to(x.dtype).t(), alpha=scale)
         ctx.save_for_backward(rows, inner, weight, a, b)
         ctx.scale, ctx.shape = scale, x.shape
-        return y.view(*x.shape[:-1], weight.shape[0])
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:

@@ -74,9 +74,10 @@ class DDPM:
         return len(self.alphas_cumprod)
 
     def sample_t(self, u: Tensor, *, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """Integer timesteps [B] from uniforms u [B] in [0, 1): even over [low T, high T)."""
-        first, last = round(low * self.steps), round(high * self.steps)
-        return (first + torch.floor(u.double() * (last - first)).long()).clamp_(max=last - 1)
+        """Integer timesteps [B] from uniforms u [B] in [0, 1): even over [low T, high T), at least one timestep."""
+        first = min(round(low * self.steps), self.steps - 1)
+        last = max(round(high * self.steps), first + 1)
+        return (first + torch.floor(u * (last - first)).long()).clamp_(max=last - 1)
 
     def corrupt(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t, [B, ...] float32."""
@@ -91,8 +92,8 @@ class DDPM:
         return signal * noise.float() - sigma * latents.float()
 
     def snr(self, t: Tensor) -> Tensor:
-        """a^2 / s^2, [B] float64; 0 at a zero-terminal last step."""
-        a2 = self.alphas_cumprod.to(t.device)[t]
+        """a^2 / s^2, [B] float64 on the CPU; 0 at a zero-terminal last step."""
+        a2 = self.alphas_cumprod[t.cpu()]
         return a2 / (1 - a2)
 
     def weight(self, t: Tensor, *, min_snr_gamma: float | None = None) -> Tensor:
@@ -103,14 +104,18 @@ class DDPM:
         """
         if min_snr_gamma is None:
             return torch.ones(t.shape, dtype=torch.float32, device=t.device)
-        snr = self.snr(t)
+        snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
         clipped = snr.clamp(max=min_snr_gamma)
-        return (clipped / (snr if self.prediction == "epsilon" else snr + 1)).float()
+        return self._look_up(clipped / (snr if self.prediction == "epsilon" else snr + 1), t)
 
     def _coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        a2 = self.alphas_cumprod.to(t.device)[t]
         shape = (-1, *[1] * (like.ndim - 1))
-        return a2.sqrt().float().view(shape), (1 - a2).sqrt().float().view(shape)
+        signal, sigma = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
+        return self._look_up(signal, t).view(shape), self._look_up(sigma, t).view(shape)
+
+    def _look_up(self, table: Tensor, t: Tensor) -> Tensor:
+        """Entries of a float64 table as float32 on t's device, which may not know float64."""
+        return table.float().to(t.device)[t]
 
 
 def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from gesso.core.seams import Spec
 
@@ -23,6 +23,12 @@ class Schedule(Spec):
     """Number of cosine cycles of `cosine_restarts`."""
     power: float = Field(default=1.0, gt=0)
     """Exponent of `polynomial`."""
+
+    @model_validator(mode="after")
+    def _whole_warmup(self) -> Schedule:
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise ValueError("warmup is a whole number of steps, or a fraction of the run below 1")
+        return self
 
     def warmup_steps(self, total: int) -> int:
         """Length of the warm-up in optimiser steps, for a run of `total`."""

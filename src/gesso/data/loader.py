@@ -64,7 +64,7 @@ class Loader:
                 visits,
                 samples=tuple(SampleKey(f"validation:{v.row.id}", k) for v in visits),
                 epoch=0,
-                u=torch.full((len(visits),), (k + 0.5) / timesteps, dtype=torch.float64),
+                u=torch.full((len(visits),), (k + 0.5) / timesteps),
                 weights=torch.ones(len(visits)),
             )
             for visits in self._plan.microbatches(self._plan.validation)
@@ -116,7 +116,7 @@ class Loader:
         return Batch(
             latents=self._family.latents(moments, torch.from_numpy(draws.normal("vae posterior", shape))),
             noise=torch.from_numpy(draws.normal("noise", shape)),
-            u=torch.from_numpy(draws.uniform("timestep")) if u is None else u,
+            u=torch.from_numpy(draws.uniform("timestep")).float() if u is None else u,
             weights=weights,
             geometry=tuple(v.geometry for v in visits),
             captions=captions,

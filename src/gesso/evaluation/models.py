@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,8 +115,10 @@ def _resolve(target: str) -> tuple[Family, LoRAFile | None, str]:
     if (path / "run.yaml").is_file() or (path / WEIGHTS).is_file():
         run, weights = trained(target)
         return run.model, lora_file.read(weights), run.model.base
-    if path.is_file() and path.suffix == ".safetensors":
-        _refuse_lora(path)
+    if path.is_file() and lora_file.is_lora(path):
+        raise UserError(
+            "this is a LoRA, not a model", where=str(path), fix=f"name its base model: gesso sample BASE --lora {path}"
+        )
     return AnyFamily(base=target), None, target
 
 
@@ -142,25 +145,16 @@ def _fetch(name: str) -> Path:
     return path if path.exists() else resolve.locate(name, patterns=["*.safetensors"], key="--lora")
 
 
-def _refuse_lora(path: Path) -> None:
-    """A LoRA given as the model would fail deep inside a loader; say so here."""
-    try:
-        lora_file.read(path)
-    except UserError:
-        return
-    raise UserError(
-        "this is a LoRA, not a model", where=str(path), fix=f"name its base model: gesso sample BASE --lora {path}"
-    )
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without diffusers' warnings on parts that a LoRA leaves alone."""
+    """Without the warnings on parts that a LoRA leaves alone, and on there being several LoRAs."""
     from diffusers.utils import logging
 
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            yield
     finally:
         logging.set_verbosity(level)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def grid(
 ) -> Image.Image:
     """A contact sheet, row by row; each cell is as large as the largest picture, with its label under it."""
     width, height = max(i.width for i in images), max(i.height for i in images)
-    font = ImageFont.load_default(font_size)
+    font = _font(font_size)
     strip = 0 if labels is None else round(1.6 * font_size)
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
@@ -78,6 +79,14 @@ def grid(
             text = _fit(labels[i], width, pen, font)
             pen.text((left + width / 2, top + height + strip / 2), text, fill=_INK, font=font, anchor="mm")
     return sheet
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which matplotlib brings: Pillow's own font has no accents and no Cyrillic."""
+    import matplotlib
+
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
 
 
 def _fit(text: str, width: int, pen: ImageDraw.ImageDraw, font: Any) -> str:

@@ -3,3 +3,5 @@
 from gesso.families.sdxl import SDXL
 
 AnyFamily = SDXL
+
+__all__ = ["SDXL", "AnyFamily"]

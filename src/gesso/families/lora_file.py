@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -111,13 +111,27 @@ def read(path: Path) -> LoRAFile:
     file = locate(path)
     try:
         with safe_open(str(file), framework="pt") as handle:
-            metadata = dict(handle.metadata() or {})
-            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+            metadata, keys = dict(handle.metadata() or {}), list(handle.keys())
+            # A whole model given by mistake is refused before gigabytes are read.
+            _check_names(keys, file)
+            tensors = {key: handle.get_tensor(key) for key in keys}
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"not a readable safetensors file ({str(error).splitlines()[0]})", where=str(file), fix="fetch it again"
         ) from error
     return parse(tensors, metadata, path=file)
+
+
+def is_lora(file: Path) -> bool:
+    """Whether a readable safetensors file holds nothing but LoRA layers; reads its header only."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), framework="pt") as handle:
+            keys = list(handle.keys())
+    except (OSError, SafetensorError):
+        return False
+    return bool(keys) and all(_known(key) for key in keys)
 
 
 def locate(path: Path) -> Path:
@@ -139,19 +153,15 @@ def locate(path: Path) -> Path:
 
 def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, path: Path) -> LoRAFile:
     """Sort the tensors of a LoRA file into pairs; `path` is for messages. Raises as `read` does."""
+    _check_names(tensors, path)
     halves: dict[str, dict[str, Tensor]] = {}
     alphas: dict[str, float] = {}
-    unknown = []
     flat = any(key.startswith("lora_") for key in tensors)
     for key, tensor in tensors.items():
-        if key.endswith(".alpha"):
-            alphas[key.removesuffix(".alpha")] = float(tensor)
-        elif (place := _place(key)) is not None:
+        if (place := _place(key)) is not None:
             halves.setdefault(place[0], {})[place[1]] = tensor
         else:
-            unknown.append(key)
-    if unknown:
-        _refuse(unknown, len(tensors), path)
+            alphas[key.removesuffix(".alpha")] = float(tensor)
     lonely = [*(m for m, h in halves.items() if len(h) < 2), *(m for m in alphas if m not in halves)]
     if lonely or not halves:
         raise UserError(
@@ -233,7 +243,15 @@ def _pattern(patterns: Mapping[str, Any] | None, layers: Iterable[str], default:
     return default
 
 
-def _refuse(unknown: list[str], total: int, path: Path) -> None:
+def _known(key: str) -> bool:
+    return key.endswith(".alpha") or _place(key) is not None
+
+
+def _check_names(keys: Collection[str], path: Path) -> None:
+    """Refuse a file with any tensor that is no part of a plain LoRA."""
+    unknown = [key for key in keys if not _known(key)]
+    if not unknown:
+        return
     kinds = {kind for key in unknown for mark, kind in _OTHER_KINDS.items() if mark in key}
     if kinds:
         raise UserError(
@@ -242,7 +260,7 @@ def _refuse(unknown: list[str], total: int, path: Path) -> None:
             fix="use a plain LoRA",
         )
     raise UserError(
-        f"{len(unknown)} of its {total} tensors are not LoRA layers (first: {unknown[0]})",
+        f"{len(unknown)} of its {len(keys)} tensors are not LoRA layers (first: {unknown[0]})",
         where=str(path),
         fix="use a LoRA in the diffusers or kohya format; give a whole model as the model, not as a LoRA",
     )

@@ -164,10 +164,14 @@ class SDXL(Spec):
 
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         """A sample of the posterior, shifted and scaled as the UNet expects it: [B, C, h, w] float32."""
+        import torch
+
         mean, std = moments.chunk(2, dim=1)
-        config = self._config("vae")
-        shift, scale = config.get("shift_factor") or 0.0, config["scaling_factor"]
-        return (mean + std * noise - shift) * scale
+        raw, config = mean + std * noise, self._config("vae")
+        if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+            centre, spread = (torch.tensor(config[k]).view(1, -1, 1, 1) for k in ("latents_mean", "latents_std"))
+            return (raw - centre) * config["scaling_factor"] / spread
+        return (raw - (config.get("shift_factor") or 0.0)) * config["scaling_factor"]
 
     def encode_text(self, parts: Parts, captions: Sequence[str]) -> Cond:
         """Penultimate hidden states of both encoders, [B, 77 n, d1 + d2], and the pooled projection of the second.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -146,7 +145,7 @@ def paint(scene: Scene, *, side: int = SIDE) -> Image.Image:
 
 
 def _placement(draw: np.random.Generator) -> Placement:
-    x, y, scale = draw.uniform(-4, 4), draw.uniform(-1.5, 2), draw.uniform(0.92, 1.06)
+    x, y, scale = draw.uniform(-2.5, 2.5), draw.uniform(-1, 1), draw.uniform(0.95, 1.05)
     return Placement(round(float(x), 2), round(float(y), 2), round(float(scale), 3))
 
 
@@ -161,7 +160,7 @@ def _backdrop(draw: np.random.Generator, *, avoid: tuple[str, ...]) -> str:
 def _shape(draw: np.random.Generator) -> Shape:
     colour = _pick(draw, list(COLOURS))
     background = _pick(draw, [name for name in COLOURS if name != colour])
-    placement = Placement(*(round(float(v), 2) for v in (*draw.uniform(-5, 5, 2), draw.uniform(0.8, 1.2))))
+    placement = Placement(*(round(float(v), 2) for v in (*draw.uniform(-3, 3, 2), draw.uniform(0.9, 1.2))))
     return Shape(_pick(draw, SHAPES), colour, background, placement)
 
 

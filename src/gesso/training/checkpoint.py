@@ -26,7 +26,7 @@ import safetensors.torch
 from torch import Tensor
 
 from gesso.config.run import Checkpoint
-from gesso.core.checkpoints import AVERAGE, MANIFEST, OPTIMIZER, POSITION, faults, listed, newest
+from gesso.core.checkpoints import AVERAGE, MANIFEST, OPTIMIZER, POSITION, SHADOW, faults, listed, newest
 from gesso.core.folder import WEIGHTS, sync_folder
 from gesso.errors import ResourceError, UserError
 
@@ -52,7 +52,9 @@ class Snapshot:
             POSITION: (json.dumps({"step": self.step, **self.position}, indent=2) + "\n").encode(),
         }
         if self.average is not None:
-            files[f"{AVERAGE}/{WEIGHTS}"] = _pack(self.average, self.metadata)
+            # Readers want float32; going on exactly needs every bit.
+            files[f"{AVERAGE}/{WEIGHTS}"] = _pack({k: v.float() for k, v in self.average.items()}, self.metadata)
+            files[SHADOW] = _pack(self.average)
         return files
 
 
@@ -151,13 +153,13 @@ def load(path: Path) -> Snapshot:
     position = json.loads((path / POSITION).read_text())
     with safetensors.safe_open(path / WEIGHTS, framework="pt") as handle:
         metadata = dict(handle.metadata() or {})
-    average = path / AVERAGE / WEIGHTS
+    shadow = path / SHADOW
     return Snapshot(
         step=int(position.pop("step")),
         weights=safetensors.torch.load_file(path / WEIGHTS),
         metadata=metadata,
         optimizer=safetensors.torch.load_file(path / OPTIMIZER),
-        average=safetensors.torch.load_file(average) if average.exists() else None,
+        average=safetensors.torch.load_file(shadow) if shadow.exists() else None,
         position=position,
     )
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from gesso.adapters import LoRA
 from gesso.core.seams import Attached, Parts
-from gesso.families import SDXL
+from gesso.families.sdxl import SDXL
 from gesso.micro.models import build_sdxl
 
 Made = tuple[SDXL, Parts, Attached]

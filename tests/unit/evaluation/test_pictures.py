@@ -95,5 +95,12 @@ def test_grid_labels_stay_in_their_cells() -> None:
     assert columns.max() < 8 + 60, "the label runs into the next cell"
 
 
+@pytest.mark.parametrize("letter", ["ö", "ş", "Қ", "ң"])
+def test_grid_labels_have_the_letters_of_names(letter: str) -> None:
+    image = Image.new("RGB", (40, 10), "white")
+    blank = grid([image], columns=1, labels=["\uffff"])  # the box that stands for a letter the font lacks
+    assert not np.array_equal(np.asarray(grid([image], columns=1, labels=[letter])), np.asarray(blank))
+
+
 def test_grid_with_fewer_pictures_than_columns_is_not_padded() -> None:
     assert grid([Image.new("RGB", (10, 10))], columns=4, gap=0).size == (10, 10)

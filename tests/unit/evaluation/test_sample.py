@@ -14,7 +14,7 @@ from PIL import Image
 from gesso.adapters import LoRA
 from gesso.errors import NumericError, UserError
 from gesso.evaluation.sample import Shot, draw, encode, settings
-from gesso.families import SDXL
+from gesso.families.sdxl import SDXL
 
 SHOT = Shot("a photo of sks aldar", seed=7, steps=3, guidance=5.0, width=64, height=48)
 ADAPTER = LoRA(rank=4, alpha=6, train_text_encoders=True)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from gesso.adapters import LoRA
 from gesso.core.runtime import Runtime
 from gesso.core.seams import Attached, Parts
-from gesso.families import SDXL
+from gesso.families.sdxl import SDXL
 from gesso.micro.models import build_sdxl
 
 CPU = Runtime(torch.device("cpu"), "fp32")

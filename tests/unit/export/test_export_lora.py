@@ -17,11 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from gesso.adapters import LoRA
+from gesso.core.runtime import Runtime
 from gesso.core.seams import Parts
 from gesso.errors import ResourceError, UserError
 from gesso.export import lora
 from gesso.export.lora import About, Verified
-from gesso.families import SDXL, lora_file, lora_names
+from gesso.families import lora_file, lora_names
+from gesso.families.sdxl import SDXL
 
 ABOUT = About(
     title="aldar",
@@ -84,6 +86,30 @@ def test_a_file_reloads_as_the_trained_model(
     wanted = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     assert {t.dtype for name, t in load_file(path).items() if not name.endswith(".alpha")} == {wanted}
     assert [p.name for p in path.parent.iterdir()] == ["aldar.safetensors"]
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+def test_a_half_precision_model_verifies_too(base: Path, tmp_path: Path, format: lora.Format) -> None:
+    """As after training in bf16: float32 adapters on a bf16 model, an fp16 file, a fresh bf16 model."""
+    family, half = SDXL(base=str(base)), Runtime(torch.device("cpu"), "bf16")
+    parts = family.load(("denoiser", "text"), dtype=half.dtype, device=half.device)
+    attached = ADAPTER.attach(parts, family, seed=1, text_encoders=(0, 1))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for tensor in attached.state().values():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
+    report = lora.export(
+        tmp_path / "a.safetensors",
+        attached.state(),
+        attached.metadata(),
+        format=format,
+        precision="fp16",
+        about=ABOUT,
+        family=family,
+        expected=lora.probe(family, parts),
+        runtime=half,
+    )
+    assert report.effect > 2 * report.error > 0
 
 
 @pytest.mark.parametrize("format", ["diffusers", "kohya"])

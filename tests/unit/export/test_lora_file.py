@@ -125,6 +125,14 @@ def test_other_files_are_refused_by_name(tmp_path: Path, tensors: dict[str, torc
     assert caught.value.where == str(path)
 
 
+def test_a_lora_is_told_from_a_model_by_its_names(tmp_path: Path) -> None:
+    assert lora_file.is_lora(saved(tmp_path, SPELLINGS["kohya text"][0]))
+    assert lora_file.is_lora(saved(tmp_path, SPELLINGS["diffusers"][0]))
+    assert not lora_file.is_lora(saved(tmp_path, {"model.diffusion_model.out.2.weight": UP}))
+    assert not lora_file.is_lora(saved(tmp_path, {}))
+    assert not lora_file.is_lora(tmp_path / "absent.safetensors")
+
+
 def test_layers_that_are_not_in_the_model_are_refused(tmp_path: Path) -> None:
     file = read(saved(tmp_path, flat("lora_te_text_model_encoder_layers_0_self_attn_q_proj")))
     with pytest.raises(UserError, match="1 of the LoRA's 1 layers") as caught:
