@@ -20,7 +20,7 @@ from gesso.core.events import Event, Finished, Progress, RunStarted, Saved, Vali
 from gesso.core.folder import RunFolder, write_atomic, write_json
 from gesso.core.provenance import provenance
 from gesso.core.runtime import Precision, Runtime
-from gesso.core.seams import Emit, Parts
+from gesso.core.seams import Attached, Emit, Parts
 from gesso.core.signals import stop_requests
 from gesso.data import index as dataset
 from gesso.data.buckets import Plan
@@ -31,7 +31,7 @@ from gesso.evaluation import preview
 from gesso.evaluation import sample as sampling
 from gesso.evaluation.preview import Previewer
 from gesso.evaluation.sample import Shot
-from gesso.export import lora
+from gesso.export import hub, lora
 from gesso.export.lora import About, Format
 from gesso.trackers import RunLog
 from gesso.training import checkpoint, loop, validation
@@ -78,9 +78,11 @@ def train(run: RunConfig, *, resume: str | None = None, accept: Collection[str] 
                     where=str(folder.path),
                     fix=f"go on with: gesso train {folder.config} --resume latest",
                 )
+            with session.as_sampled():
+                trained = _Trained.of(run, session.parts, session.adapter)
             session.release()
-            lora = export(str(last), format="kohya", output=folder.path / f"{run.name}.safetensors")
-            outputs = {"run folder": str(folder.path), "checkpoint": str(last), "LoRA": str(lora)}
+            file = trained.write(folder.path / f"{run.name}.safetensors", format="kohya", runtime=runtime)
+            outputs = {"run folder": str(folder.path), "checkpoint": str(last), "LoRA": str(file)}
             tell(Finished(session.learner.step, time.monotonic() - began, runtime.peak_memory(), outputs))
     return folder.path
 
@@ -281,33 +283,48 @@ def export(
     `use_ema` empty takes what the run samples with. With `hub_repo` the file is pushed with a model card.
     """
     run, weights = sampling.trained(target, use_ema=use_ema)
-    family = run.model
-    path = output or weights.parent / f"{run.name}-{format}.safetensors"
     runtime = Runtime.for_inference(run.training.precision, device or run.training.device)
-    parts = family.load({"denoiser", "text"}, dtype=runtime.dtype, device=runtime.device)
-    adapter = run.adapter.attach(parts, family, seed=run.seed, text_encoders=tuple(text_encoder_rates(run)))
+    parts = run.model.load({"denoiser", "text"}, dtype=runtime.dtype, device=runtime.device)
+    rates = text_encoder_rates(run)
+    adapter = run.adapter.attach(parts, run.model, seed=run.seed, text_encoders=tuple(rates))
     adapter.restore(load_file(weights))
-    expected = lora.probe(family, parts)
-    state = {name: tensor.cpu() for name, tensor in adapter.state().items()}
-    header = adapter.metadata()
+    trained = _Trained.of(run, parts, adapter)
     del parts, adapter  # a second copy of the base model is loaded next
     runtime.release()
-    lora.export(
-        path,
-        state,
-        header,
-        format=format,
-        precision=precision,
-        about=_about(run),
-        family=family,
-        expected=expected,
-        runtime=runtime,
-    )
+    path = output or weights.parent / f"{run.name}-{format}.safetensors"
+    trained.write(path, format=format, runtime=runtime, precision=precision)
     if hub_repo is not None:
-        from gesso.export import hub
-
         hub.publish(path, run, about=_about(run), repo=hub_repo)
     return path
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """A trained adapter away from its networks: its tensors, and how the model answered with it in place."""
+
+    run: RunConfig
+    state: Mapping[str, torch.Tensor]
+    header: Mapping[str, str]
+    expected: lora.Probe
+
+    @classmethod
+    def of(cls, run: RunConfig, parts: Parts, adapter: Attached) -> _Trained:
+        state = {name: tensor.to("cpu", copy=True) for name, tensor in adapter.state().items()}
+        return cls(run, state, adapter.metadata(), lora.probe(run.model, parts))
+
+    def write(self, path: Path, *, format: Format, runtime: Runtime, precision: Precision = "fp16") -> Path:
+        lora.export(
+            path,
+            self.state,
+            self.header,
+            format=format,
+            precision=precision,
+            about=_about(self.run),
+            family=self.run.model,
+            expected=self.expected,
+            runtime=runtime,
+        )
+        return path
 
 
 def _about(run: RunConfig) -> About:

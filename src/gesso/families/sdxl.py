@@ -132,12 +132,15 @@ class SDXL(Spec):
         """A diffusers pipeline over the loaded networks with the model's own sampler."""
         from diffusers import StableDiffusionXLPipeline
 
+        from gesso.families.long_prompts import chunking
+
         scheduler_config = dict(self._config("scheduler", "scheduler_config.json"))
         if self.prediction is not None:
             scheduler_config["prediction_type"] = self.prediction
         tokenizers = parts.tokenizers or [None, None]
         encoders = parts.text_encoders or [None, None]
-        pipeline = StableDiffusionXLPipeline(
+        kind = StableDiffusionXLPipeline if self.long_prompts == "truncate" else chunking(self.encode_text)
+        pipeline = kind(
             vae=parts.vae,
             text_encoder=encoders[0],
             text_encoder_2=encoders[1],
