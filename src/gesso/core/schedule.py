@@ -59,4 +59,4 @@ class Schedule(Spec):
                 cycle = progress * self.cycles % 1.0 if progress < 1 else 1.0
                 return 0.5 * (1 + math.cos(math.pi * cycle))
             case "polynomial":
-                return (1 - progress) ** self.power
+                return float((1 - progress) ** self.power)

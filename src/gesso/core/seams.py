@@ -34,11 +34,14 @@ class Spec(BaseModel):
 
 @dataclass
 class Parts:
-    """The networks of one model, as far as they are loaded."""
+    """The networks of one model, as far as they are loaded.
 
-    denoiser: nn.Module | None = None
-    vae: nn.Module | None = None
-    text_encoders: list[nn.Module] = field(default_factory=list)
+    They are typed Any because what Gesso asks of them (dtype, config, hooks) is their own class's, not nn.Module's.
+    """
+
+    denoiser: Any = None
+    vae: Any = None
+    text_encoders: list[Any] = field(default_factory=list)
     tokenizers: list[Any] = field(default_factory=list)
 
 
@@ -94,7 +97,7 @@ class Family(Protocol):
         """Everything `predict` needs beside the noisy latent."""
         ...
 
-    def predict(self, denoiser: nn.Module, noisy: Tensor, t: Tensor, cond: Cond) -> Tensor: ...
+    def predict(self, denoiser: Any, noisy: Tensor, t: Tensor, cond: Cond) -> Tensor: ...
 
     def fingerprint(self, name: str) -> str:
         """Hash of the weights of "denoiser", "vae" or "text": what a cached result depends on."""

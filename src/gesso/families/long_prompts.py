@@ -75,5 +75,5 @@ class ChunkingPipeline(StableDiffusionXLPipeline):
 
 
 def chunking(encode: Encode) -> type[ChunkingPipeline]:
-    """A `ChunkingPipeline` class that encodes with `encode(parts, texts)`; diffusers allows it no argument of its own."""
+    """A `ChunkingPipeline` class that encodes with `encode(parts, texts)`: diffusers allows no argument for it."""
     return type("ChunkingPipeline", (ChunkingPipeline,), {"encode": staticmethod(encode)})

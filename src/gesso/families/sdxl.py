@@ -20,7 +20,7 @@ from gesso.errors import UserError
 if TYPE_CHECKING:
     import torch
     from diffusers import StableDiffusionXLPipeline
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from gesso.core.noise import DDPM
 
@@ -209,7 +209,7 @@ class SDXL(Spec):
         time_ids = torch.tensor(geometry, dtype=torch.float32, device=text["pooled"].device)
         return {**text, "time_ids": time_ids}
 
-    def predict(self, denoiser: nn.Module, noisy: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def predict(self, denoiser: Any, noisy: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The UNet's answer, [B, C, h, w] in its dtype; time ids and timesteps reach it unrounded."""
         dtype = denoiser.dtype
         added = {"text_embeds": cond["pooled"].to(dtype), "time_ids": cond["time_ids"]}
@@ -294,7 +294,7 @@ class SDXL(Spec):
 
         return [CLIPTokenizer.from_pretrained(self._config_root / name) for name in _TOKENIZERS]
 
-    def _network(self, part: str, dtype: torch.dtype) -> nn.Module:
+    def _network(self, part: str, dtype: torch.dtype) -> Any:
         """One network from wherever its weights are; whatever a loader says becomes one message with the path."""
         location, folder = self._root, part
         if part == "vae" and self._vae_name is not None:
@@ -303,7 +303,7 @@ class SDXL(Spec):
         try:
             if location.is_file():
                 return self._from_single_file(location, part, dtype)
-            network: nn.Module = _network_class(part).from_pretrained(
+            network = _network_class(part).from_pretrained(
                 location, subfolder=folder, variant=self.variant, torch_dtype=dtype, use_safetensors=True
             )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -314,11 +314,11 @@ class SDXL(Spec):
             ) from error
         return network
 
-    def _from_single_file(self, file: Path, part: str, dtype: torch.dtype) -> nn.Module:
+    def _from_single_file(self, file: Path, part: str, dtype: torch.dtype) -> Any:
         from diffusers import StableDiffusionXLPipeline
 
         if part in ("unet", "vae"):
-            network: nn.Module = _network_class(part).from_single_file(
+            network = _network_class(part).from_single_file(
                 str(file), config=str(self._config_root), subfolder=part, torch_dtype=dtype
             )
             return network

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
 from gesso.config.run import Training
 from gesso.core.seams import Parts
@@ -23,7 +23,7 @@ def prepare(parts: Parts, training: Training) -> None:
         _use_xformers(parts.denoiser)
 
 
-def _use_xformers(denoiser: nn.Module) -> None:
+def _use_xformers(denoiser: Any) -> None:
     try:
         denoiser.enable_xformers_memory_efficient_attention()
     except (ImportError, ModuleNotFoundError, ValueError, NotImplementedError) as error:
