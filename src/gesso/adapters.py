@@ -84,7 +84,7 @@ class LoRA(Spec):
 class AttachedLoRA:
     """LoRA layers in place on a denoiser and perhaps on text encoders."""
 
-    def __init__(self, networks: Mapping[str, nn.Module]) -> None:
+    def __init__(self, networks: Mapping[str, Any]) -> None:
         self._networks = dict(networks)
 
     def parameters(self) -> dict[str, dict[str, nn.Parameter]]:
