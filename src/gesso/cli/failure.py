@@ -7,11 +7,11 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from gesso.errors import Interrupted, UserError
+from gesso.errors import Interrupted, Problems, UserError
 
 UNEXPECTED = 1
 
@@ -54,6 +54,25 @@ def crash_log(folder: Path) -> Iterator[None]:
         except OSError:
             log = _write(error, Path(tempfile.gettempdir()))
         raise _Crash(error, log) from error
+
+
+@contextmanager
+def placed(origins: Mapping[str, str]) -> Iterator[None]:
+    """Inside: an error about a key of the run also says which file and line that key's value came from."""
+    try:
+        yield
+    except UserError as error:
+        raise _place(error, origins) from error
+
+
+def _place(error: UserError, origins: Mapping[str, str]) -> UserError:
+    if isinstance(error, Problems):
+        return Problems([_place(one, origins) for one in error.problems], what=error.what)
+    keys = (key for key in origins if key == error.where or key.startswith(f"{error.where}."))
+    origin = origins.get(next(keys, ""), "default")
+    if not error.where or origin == "default":
+        return error
+    return type(error)(error.what, where=f"{origin} ({error.where})", fix=error.fix)
 
 
 def _unexpected(error: Exception, log: Path) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from gesso.cli import show
 from gesso.cli.console import Console
-from gesso.cli.failure import crash_log
+from gesso.cli.failure import crash_log, placed
 from gesso.errors import Problems, UserError
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def train(
     found.require(loaded.origins)
     show.advice(found, loaded.origins)
     folder = loaded.run.folder.expanduser().absolute()
-    with crash_log(folder):
+    with crash_log(folder), placed(loaded.origins):
         from gesso import stages
 
         with Console() as console:

@@ -19,6 +19,8 @@ from gesso.errors import Problems, UserError
 
 __all__ = ["Advice", "Finding", "Forecast", "Machine", "check"]
 
+_LISTED = 10
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -139,9 +141,10 @@ def _captions(key: str, source: Source) -> Iterator[Finding]:
         images = list(images_in(source.path))
         bare = [image for image in images if not image.with_suffix(source.caption_extension).is_file()]
         if bare:
-            what = (
-                f"{len(bare)} of {len(images)} images have no {source.caption_extension} file, such as {bare[0].name}"
-            )
+            names = [str(image.relative_to(source.path)) for image in bare]
+            more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+            listed = ", ".join(names[:_LISTED]) + more
+            what = f"{len(bare)} of {len(images)} images have no {source.caption_extension} file: {listed}"
             fix = "write captions, or set a trigger word and missing_captions: trigger"
             yield _error(f"{key}.missing_captions", what, fix)
     if source.missing_captions == "trigger" and not source.trigger:
@@ -153,11 +156,26 @@ def _model(run: RunConfig) -> Iterator[Finding]:
         if name is not None and Path(name).is_absolute() and not Path(name).exists():
             fix = "give a diffusers folder, a .safetensors checkpoint or a hub id"
             yield _error(key, f"there is no {name}", fix)
+    try:
+        _cell(run)
+    except UserError as error:
+        inside = "" if error.where.startswith("model.") else f": {error.where}"
+        yield _error("model.base", error.what + inside, error.fix)
+
+
+def _cell(run: RunConfig) -> int:
+    """Pixels per latent cell; SDXL's 8 where the model is not on this machine."""
+    model = run.model
+    local = Path(model.base).is_dir() and (model.vae is None or Path(model.vae).exists())
+    return model.latent_factor if local else 8
 
 
 def _sizes(run: RunConfig) -> Iterator[Finding]:
     data, buckets = run.data, run.data.buckets
-    cell = run.model.latent_factor if Path(run.model.base).is_dir() else 8
+    try:
+        cell = _cell(run)
+    except UserError:
+        return  # the model is the mistake, and `_model` says so
     lengths = {
         "data.resolution": data.resolution,
         "preview.width": run.preview.width,
@@ -271,8 +289,13 @@ def _about_numbers(run: RunConfig, numbers: Forecast) -> Iterator[Finding]:
         what = f"only {images - numbers.held_out} images are left to train on"
         yield _warning("data.validation.fraction", what, "set it to 0")
     if group > numbers.samples_per_epoch:
-        what = f"batch_size x accumulation is {group}, and an epoch has {numbers.samples_per_epoch} samples"
-        yield _warning("training.accumulation", what, "lower one of them, or raise data.sources[].repeats")
+        what = (
+            f"one step takes {group} samples = batch_size {run.training.batch_size} x accumulation "
+            f"{run.training.accumulation}, and an epoch has only {numbers.samples_per_epoch}"
+        )
+        # How many images are held out is only known once their contents are; without that the count is exact.
+        level: Literal["error", "warning"] = "warning" if numbers.held_out else "error"
+        yield Finding(level, "training.accumulation", what, "lower one of them, or raise data.sources[].repeats")
     warmup = run.training.schedule.warmup_steps(numbers.steps)
     if warmup >= numbers.steps:
         what = f"the warm-up of {warmup} steps is not over when the run ends after {numbers.steps}"

@@ -33,6 +33,8 @@ def newest(folder: Path) -> tuple[Path | None, dict[Path, list[str]]]:
 
 def faults(path: Path) -> list[str]:
     """What is wrong with a checkpoint folder: missing, resized or altered files. Empty if it is as written."""
+    if not path.is_dir():
+        return ["there is no such folder"]
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         expected = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest.items()}

@@ -32,9 +32,10 @@ class LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
         rows, inner, weight, a, b = ctx.saved_tensors
         grad_rows = grad.reshape(-1, grad.shape[-1])
-        grad_inner = (grad_rows @ b.to(grad.dtype)).mul_(ctx.scale)
-        grad_a = (grad_inner.t() @ rows).to(a.dtype)
-        grad_b = (grad_rows.t() @ inner).mul_(ctx.scale).to(b.dtype)
+        grad_inner, grad_b = grad_rows @ b.to(grad.dtype), grad_rows.t() @ inner
+        if ctx.scale != 1:
+            grad_inner, grad_b = grad_inner.mul_(ctx.scale), grad_b.mul_(ctx.scale)
+        grad_a, grad_b = (grad_inner.t() @ rows).to(a.dtype), grad_b.to(b.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad_rows @ weight).addmm_(grad_inner, a.to(grad.dtype)).view(ctx.shape)

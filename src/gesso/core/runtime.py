@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import sys
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from gesso.core.random import key
 from gesso.errors import ResourceError, UserError
 
 Precision = Literal["fp32", "bf16", "fp16"]
+_DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -41,6 +43,10 @@ class Runtime:
                 fix="start it without torchrun or accelerate launch, or set --num_processes 1",
             )
         name = device or _best_device()
+        if not _DEVICE.fullmatch(name):
+            raise UserError(f"there is no device '{name}'", where="training.device", fix="use cuda, cuda:1, mps or cpu")
+        if name == "mps" and not torch.backends.mps.is_available():
+            raise ResourceError("no Apple GPU is there", where=name, fix="leave the device empty for the best there is")
         if name.startswith("cuda") and not torch.cuda.is_available():
             raise ResourceError("no CUDA device is visible", where=name, fix="gesso doctor shows what is missing")
         if precision == "fp16" and name == "cpu":

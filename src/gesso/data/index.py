@@ -94,8 +94,8 @@ def build(data: Data, *, progress: Callable[[int, int], None] | None = None) -> 
     records = [record for one in found for record in one.records]
     scans, bad = _scan({r.path: None for r in [*records, *held.records]}, data, progress)
     if bad and data.skip_bad:
-        notices.append(f"{len(bad)} unreadable pictures left out:")
-        notices += [line for error in bad for line in error.lines()]
+        reasons = "".join(f"\n  {error.where}: {error.what}" for error in bad)
+        notices.append(f"{len(bad)} unreadable pictures left out:{reasons}")
     else:
         problems += bad
     if problems:

@@ -99,6 +99,7 @@ class SDXL(Spec):
         import torch
 
         parts = Parts()
+        _ = self._index  # a broken one shows now, and not when the trained model is exported
         with _without_bars():
             if "denoiser" in names:
                 parts.denoiser = self._network("unet", dtype)

@@ -30,10 +30,9 @@ COLOURS: dict[str, Rgb] = {
     "purple": (140, 70, 185),
     "white": (244, 244, 240),
     "black": (38, 36, 44),
-    "brown": (128, 82, 48),
 }
 PLACES = ("steppe", "desert", "snow", "night")
-SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
+SHAPES = ("circle", "square", "triangle", "star")
 ROBES = ("plain", "striped", "patterned")
 HATS = ("none", "cap", "hood", "crown", "tall hat")
 KINDS = ("person", "man", "woman")

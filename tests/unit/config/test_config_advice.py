@@ -85,6 +85,7 @@ def test_a_good_run_has_no_errors_and_leaves_nothing_behind(tmp_path: Path, run:
         (["training.optimizer.type=adamw8bit"], "training.optimizer.type", "bitsandbytes is not installed -> pip"),
         (["training.attention=xformers"], "training.attention", "xformers is not installed -> pip install xformers"),
         (["trackers.0.type=wandb"], "trackers.0.type", "wandb is not installed"),
+        (["training.accumulation=13"], "training.accumulation", "= batch_size 1 x accumulation 13, and an epoch has"),
     ],
 )
 def test_errors(
@@ -103,7 +104,7 @@ def test_errors(
         (["training.learning_rate=1e-9"], "training.learning_rate", "so low"),
         (["data.resolution=1000"], "data.resolution", "not a multiple of the bucket step 64"),
         (["training.schedule.warmup=100"], "training.schedule.warmup", "is not over when the run ends after 100"),
-        (["training.accumulation=13"], "training.accumulation", "is 13, and an epoch has 12 samples"),
+        (["training.accumulation=13", "data.validation.fraction=0.1"], "training.accumulation", "has only 11"),
         (["data.caption_dropout=0.9"], "data.caption_dropout", "90% of the captions are dropped"),
         (["validation.every=10"], "validation.every", "no images are held out"),
         (["data.validation.fraction=0.9"], "data.validation.fraction", "only 2 images are left"),
@@ -150,7 +151,7 @@ def test_wrong_folders_name_the_nearest_right_one(tmp_path: Path, run: Callable[
 def test_captions(tmp_path: Path, run: Callable[..., RunConfig]) -> None:
     folder = fill(tmp_path / "bare", images=5, captions=3)
     result = advice.check(run(f"data.sources.0.path={folder}"))
-    assert "2 of 5 images have no .txt file, such as 3.png" in found(result, "error")["data.sources.0.missing_captions"]
+    assert "2 of 5 images have no .txt file: 3.png, 4.png" in found(result, "error")["data.sources.0.missing_captions"]
     sets = [f"data.sources.0.path={folder}", "data.sources.0.missing_captions=empty"]
     assert not advice.check(run(*sets)).errors
     (folder / "metadata.jsonl").write_text(
