@@ -27,7 +27,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return vars(import_module("gesso.api"))[name]
+        api = import_module("gesso.api")
+        # All at once, and only now: loading the subpackage `gesso.export` has just put it in the function's place.
+        globals().update({each: vars(api)[each] for each in __all__})
+        return globals()[name]
     raise AttributeError(f"module 'gesso' has no attribute '{name}'")
 
 

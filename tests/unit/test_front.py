@@ -10,7 +10,15 @@ HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 @pytest.mark.parametrize(
     "module",
-    ["gesso", "gesso.cli", "gesso.config.files", "gesso.config.advice", "gesso.config.run", "gesso.families", "gesso.errors"],
+    [
+        "gesso",
+        "gesso.cli",
+        "gesso.config.files",
+        "gesso.config.advice",
+        "gesso.config.run",
+        "gesso.families",
+        "gesso.errors",
+    ],
 )
 def test_import_loads_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print([m for m in {HEAVY!r} if m in sys.modules])"

@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from gesso.core.folder import write_json
 from gesso.errors import ResourceError, UserError
 
 
@@ -47,14 +49,12 @@ def _download(name: str, revision: str | None, patterns: Sequence[str], key: str
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns) or None))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns) or None))
     except GatedRepoError as error:
         raise ResourceError(
             f"{name} is gated on the hub", where=key, fix="accept its terms on its page, then run: hf auth login"
@@ -66,29 +66,58 @@ def _download(name: str, revision: str | None, patterns: Sequence[str], key: str
             fix="check the spelling; a private model needs: hf auth login",
         ) from error
     except RevisionNotFoundError as error:
-        raise UserError(f"{name} has no revision '{revision}'", where="model.revision", fix="check it") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise ResourceError(
-            f"{name} is not on this machine and the hub cannot be reached",
-            where=key,
-            fix=f"connect once and run: hf download {name}; or give a local folder",
+        raise UserError(
+            f"{name} has no revision '{revision}'",
+            where="model.revision",
+            fix="give a branch, tag or commit of that model, or leave it out for the newest",
         ) from error
+    except Exception as error:  # by release and route: OSError, httpx's, Xet's, RuntimeError
+        raise _not_fetched(name, error, key) from error
+    if not folder.is_dir():
+        raise UserError(
+            f"{name} on the hub holds none of the files that are needed", where=key, fix="look at its files there"
+        )
+    return folder
+
+
+def _not_fetched(name: str, error: Exception, key: str) -> ResourceError:
+    """Why a hub model could not be brought here."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    answers = [e for e in (error, error.__cause__) if isinstance(e, HfHubHTTPError)]
+    if isinstance(error, OSError) and error.errno is not None and not answers:
+        return ResourceError(
+            f"{name} cannot be stored on this machine ({error.strerror})",
+            where=str(error.filename or constants.HF_HUB_CACHE),
+            fix="free space or permissions there, or set HF_HOME to another folder",
+        )
+    if constants.HF_HUB_OFFLINE:
+        return ResourceError(
+            f"{name} is not wholly on this machine, and HF_HUB_OFFLINE forbids fetching it",
+            where=key,
+            fix="start once without HF_HUB_OFFLINE, or give a local folder",
+        )
+    if answers:
+        said = f"the hub answered {answers[0].response.status_code}"
+        fix = "try again later; a private model needs: hf auth login"
+    else:
+        lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        said = f"fetching it failed: {lines[0]}"
+        fix = "start again when the hub can be reached (what is here is kept), or give a local folder"
+    return ResourceError(f"{name} is not wholly on this machine, and {said}", where=key, fix=fix)
 
 
 def fingerprint(paths: Sequence[Path], *, memo: Path | None = None) -> str:
-    """One SHA-256 over the contents of the files, in order of their names.
+    """One SHA-256 over the names and contents of the files, in the order given, wherever they are.
 
-    Hashes of files that did not change (path, size, mtime) are remembered in `memo`.
+    Hashes of files that did not change (path, size, mtime) are remembered in `memo`; without it, as where it cannot
+    be read or written, the answer is the same and takes longer.
     """
     memo = memo or cache_root() / "hashes.json"
-    known: dict[str, list[int | str]] = {}
-    if memo.exists():
-        try:
-            known = json.loads(memo.read_text())
-        except ValueError:
-            known = {}
+    known = _remembered(memo)
     digest, grown = hashlib.sha256(), False
-    for path in sorted(paths):
+    for path in dict.fromkeys(paths):
         real, stat = path.resolve(), path.stat()
         entry = known.get(str(real))
         if entry is None or entry[:2] != [stat.st_size, stat.st_mtime_ns]:
@@ -96,11 +125,19 @@ def fingerprint(paths: Sequence[Path], *, memo: Path | None = None) -> str:
             grown = True
         digest.update(f"{path.name}={entry[2]}\n".encode())
     if grown:
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        temporary = memo.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(known))
-        temporary.replace(memo)
+        with suppress(OSError):
+            memo.parent.mkdir(parents=True, exist_ok=True)
+            write_json(memo, known, durable=False)
     return digest.hexdigest()
+
+
+def _remembered(memo: Path) -> dict[str, list[int | str]]:
+    try:
+        known = json.loads(memo.read_text())
+    except (OSError, ValueError):
+        return {}
+    entries = known.items() if isinstance(known, dict) else ()
+    return {path: entry for path, entry in entries if isinstance(entry, list) and len(entry) == 3}
 
 
 def file_sha256(path: Path) -> str:

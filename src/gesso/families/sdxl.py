@@ -6,16 +6,17 @@ import json
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
-from safetensors import SafetensorError
 
 from gesso.core import resolve
 from gesso.core.batch import Geometry
 from gesso.core.seams import Cond, Parts, Spec
 from gesso.errors import UserError
+from gesso.families import model_folder, single_file
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,7 @@ PUBLIC_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 FP16_SAFE_VAE = "madebyollin/sdxl-vae-fp16-fix"
 _FOLDERS = {"denoiser": ("unet",), "vae": ("vae",), "text": ("text_encoder", "text_encoder_2")}
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
+_CONFIGS = ["model_index.json", "scheduler/*.json", *(f"{t}/*.{end}" for t in _TOKENIZERS for end in ("json", "txt"))]
 _ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 _TARGETS = {
     "attention": _ATTENTION,
@@ -49,7 +51,7 @@ class SDXL(Spec):
     revision: str | None = None
     """Commit or branch of a hub model."""
     variant: str | None = None
-    """File variant of a hub model or folder, such as fp16."""
+    """File variant of the base model where it is a hub model or a folder, such as fp16."""
     config: str | None = None
     """Where a single .safetensors checkpoint takes its configuration and tokenizers from: a diffusers folder or
     hub id. Empty: the public SDXL base."""
@@ -71,7 +73,7 @@ class SDXL(Spec):
     @property
     def latent_factor(self) -> int:
         """Pixels per latent cell along one side."""
-        return int(2 ** (len(self._config("vae")["block_out_channels"]) - 1))
+        return int(2 ** (len(self._vae_config["block_out_channels"]) - 1))
 
     @property
     def architecture(self) -> str:
@@ -83,7 +85,7 @@ class SDXL(Spec):
         """The forward process the model was trained with."""
         from gesso.core.noise import DDPM
 
-        return DDPM.from_config(self._config("scheduler", "scheduler_config.json"), prediction=self.prediction)
+        return DDPM.from_config(self._schedule)
 
     def targets(self, preset: str) -> list[str]:
         """Module names that an adapter preset means in the UNet."""
@@ -114,20 +116,13 @@ class SDXL(Spec):
         return parts
 
     def fingerprint(self, name: str) -> str:
-        """Hash of the weights (and, for "text", the prompt policy) of "denoiser", "vae" or "text"."""
-        if name == "vae" and self._vae_name is not None:
-            location = self._locate(self._vae_name, (), key="model.vae")
-            folder = location / "vae" if (location / "vae").is_dir() else location
-            return resolve.fingerprint(_weights(folder, self.variant))
-        if self._root.is_file():
-            return resolve.fingerprint([self._root])
-        folders = [self._root / part for part in _FOLDERS[name]]
-        if name == "text":
-            tokens = [p for t in _TOKENIZERS for p in (self._root / t).iterdir() if p.is_file()]
-            files = [*(w for f in folders for w in _weights(f, self.variant)), *tokens]
-            policy = "" if self.long_prompts == "truncate" else f" chunk {self.max_chunks}"
-            return resolve.fingerprint(files) + policy
-        return resolve.fingerprint(_weights(folders[0], self.variant))
+        """Hash of the weights and configs (and, for "text", tokenizers and prompt policy) of a part."""
+        files = [file for part in _FOLDERS[name] for file in self._files(part)]
+        if name != "text":
+            return resolve.fingerprint(files)
+        tokens = [p for t in _TOKENIZERS for p in sorted((self._config_root / t).iterdir()) if p.is_file()]
+        policy = "" if self.long_prompts == "truncate" else f" chunk {self.max_chunks}"
+        return resolve.fingerprint([*files, *tokens]) + policy
 
     def pipeline(self, parts: Parts) -> StableDiffusionXLPipeline:
         """A diffusers pipeline over the loaded networks with the model's own sampler."""
@@ -135,9 +130,6 @@ class SDXL(Spec):
 
         from gesso.families.long_prompts import chunking
 
-        scheduler_config = dict(self._config("scheduler", "scheduler_config.json"))
-        if self.prediction is not None:
-            scheduler_config["prediction_type"] = self.prediction
         tokenizers = parts.tokenizers or [None, None]
         encoders = parts.text_encoders or [None, None]
         kind = StableDiffusionXLPipeline if self.long_prompts == "truncate" else chunking(self.encode_text)
@@ -148,7 +140,7 @@ class SDXL(Spec):
             tokenizer=tokenizers[0],
             tokenizer_2=tokenizers[1],
             unet=parts.denoiser,
-            scheduler=_scheduler(scheduler_config),
+            scheduler=_scheduler(self._schedule),
             force_zeros_for_empty_prompt=bool(self._index.get("force_zeros_for_empty_prompt", True)),
             add_watermarker=False,
         )
@@ -168,12 +160,10 @@ class SDXL(Spec):
 
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         """A sample of the posterior, shifted and scaled as the UNet expects it: [B, C, h, w] float32."""
-        import torch
-
         mean, std = moments.chunk(2, dim=1)
-        raw, config = mean + std * noise, self._config("vae")
+        raw, config = mean + std * noise, self._vae_config
         if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-            centre, spread = (torch.tensor(config[k]).view(1, -1, 1, 1) for k in ("latents_mean", "latents_std"))
+            centre, spread = (raw.new_tensor(config[k]).view(1, -1, 1, 1) for k in ("latents_mean", "latents_std"))
             return (raw - centre) * config["scaling_factor"] / spread
         return (raw - (config.get("shift_factor") or 0.0)) * config["scaling_factor"]
 
@@ -242,27 +232,63 @@ class SDXL(Spec):
 
     @cached_property
     def _root(self) -> Path:
-        patterns = ["*.json", "*.txt", *(f"{f}/*" for f in ("scheduler", *_TOKENIZERS, "unet", "vae"))]
-        patterns += [f"{f}/*" for f in _FOLDERS["text"]]
+        """The model's folder or file, with all that is needed in it."""
+        needed = [*chain(*_FOLDERS.values())]
+        if self._vae_name is not None:
+            needed.remove("vae")
+        patterns = [*_CONFIGS, "vae/config.json"]
+        patterns += [f"{part}/{p}" for part in needed for p in model_folder.patterns(part, self.variant)]
         location = self._locate(self.base, patterns, key="model.base")
-        if location.is_dir() and not (location / "unet").is_dir():
+        if location.is_file():
+            single_file.check(location, needed)
+            return location
+        lacking = [name for name in (*needed, *_TOKENIZERS, "scheduler") if not (location / name).is_dir()]
+        if lacking:
             inside = ", ".join(sorted(p.name for p in location.iterdir())[:8]) or "nothing"
             raise UserError(
-                f"{self.base} is not an SDXL diffusers folder: it holds no unet folder (found: {inside})",
+                f"{self.base} is not an SDXL diffusers folder: it holds no {lacking[0]} folder (found: {inside})",
                 where="model.base",
-                fix="give the folder that holds model_index.json",
+                fix="give the folder that holds model_index.json, or the path of a .safetensors checkpoint",
             )
         return location
 
-    def _locate(self, name: str, patterns: Sequence[str], *, key: str) -> Path:
-        return resolve.locate(name, revision=self.revision if name == self.base else None, patterns=patterns, key=key)
+    @cached_property
+    def _vae_root(self) -> Path | None:
+        """The folder or file of another VAE; the name may also mean a whole model with a VAE in it."""
+        if self._vae_name is None:
+            return None
+        names = {name for variant in (None, self.variant) for name in model_folder.patterns("vae", variant)}
+        location = self._locate(self._vae_name, sorted([*names, *(f"vae/{name}" for name in names)]), key="model.vae")
+        return location / "vae" if (location / "vae").is_dir() else location
 
     @cached_property
     def _config_root(self) -> Path:
         """Where configs and tokenizers are: the model's folder, or that of `config` for a single file."""
         if self._root.is_dir():
             return self._root
-        return self._locate(self.config or PUBLIC_BASE, ["*.json", "*/*.json", "*/*.txt"], key="model.config")
+        patterns = [*_CONFIGS, *(f"{part}/config.json" for part in chain(*_FOLDERS.values()))]
+        return self._locate(self.config or PUBLIC_BASE, patterns, key="model.config")
+
+    def _locate(self, name: str, patterns: Sequence[str], *, key: str) -> Path:
+        return resolve.locate(name, revision=self.revision if name == self.base else None, patterns=patterns, key=key)
+
+    def _place(self, part: str) -> Path:
+        """The folder of one network, or the file it is in."""
+        if part == "vae" and self._vae_root is not None:
+            return self._vae_root
+        return self._root if self._root.is_file() else self._root / part
+
+    def _variant(self, part: str) -> str | None:
+        """The variant to read; another VAE has plain files as a rule, whatever the base model has."""
+        if part == "vae" and self._vae_root is not None and model_folder.has(self._vae_root, part, None):
+            return None
+        return self.variant
+
+    def _files(self, part: str) -> list[Path]:
+        place = self._place(part)
+        if place.is_file():
+            return [place, self._config_root / part / "config.json"]
+        return model_folder.files(place, part, self._variant(part))
 
     @cached_property
     def _index(self) -> dict[str, Any]:
@@ -274,12 +300,18 @@ class SDXL(Spec):
             return self.vae
         return FP16_SAFE_VAE if self.base == PUBLIC_BASE else None
 
-    def _config(self, part: str, file: str = "config.json") -> dict[str, Any]:
-        if part == "vae" and self._vae_name is not None:
-            location = self._locate(self._vae_name, (), key="model.vae")
-            if location.is_dir():
-                return self._json((location / "vae" if (location / "vae").is_dir() else location) / file)
-        return self._json(self._config_root / part / file)
+    @cached_property
+    def _vae_config(self) -> dict[str, Any]:
+        place = self._place("vae")
+        return self._json((place if place.is_dir() else self._config_root / "vae") / "config.json")
+
+    @cached_property
+    def _schedule(self) -> dict[str, Any]:
+        """The config of the model's sampler, with what a single file and the run file say about the training."""
+        found = self._json(self._config_root / "scheduler" / "scheduler_config.json")
+        if self._root.is_file():
+            found |= single_file.schedule(self._root)
+        return found if self.prediction is None else found | {"prediction_type": self.prediction}
 
     def _json(self, path: Path) -> dict[str, Any]:
         try:
@@ -296,38 +328,10 @@ class SDXL(Spec):
         return [CLIPTokenizer.from_pretrained(self._config_root / name) for name in _TOKENIZERS]
 
     def _network(self, part: str, dtype: torch.dtype) -> Any:
-        """One network from wherever its weights are; whatever a loader says becomes one message with the path."""
-        location, folder = self._root, part
-        if part == "vae" and self._vae_name is not None:
-            location = self._locate(self._vae_name, (), key="model.vae")
-            folder = "vae" if (location / "vae").is_dir() else ""
-        try:
-            if location.is_file():
-                return self._from_single_file(location, part, dtype)
-            network = _network_class(part).from_pretrained(
-                location, subfolder=folder, variant=self.variant, torch_dtype=dtype, use_safetensors=True
-            )
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise UserError(
-                f"the weights of {part} cannot be read ({_first_line(error)})",
-                where=str(location / folder if folder and location.is_dir() else location),
-                fix="fetch or export the model again; if its files carry a variant such as fp16, set model.variant",
-            ) from error
-        return network
-
-    def _from_single_file(self, file: Path, part: str, dtype: torch.dtype) -> Any:
-        from diffusers import StableDiffusionXLPipeline
-
-        if part in ("unet", "vae"):
-            network = _network_class(part).from_single_file(
-                str(file), config=str(self._config_root), subfolder=part, torch_dtype=dtype
-            )
-            return network
-        others: dict[str, Any] = {"unet": None, "vae": None, "scheduler": None}
-        pipeline = StableDiffusionXLPipeline.from_single_file(
-            str(file), config=str(self._config_root), torch_dtype=dtype, **others
-        )
-        return pipeline.components[part]
+        place = self._place(part)
+        if place.is_file():
+            return single_file.read(place, part, config=self._config_root, dtype=dtype)
+        return model_folder.read(place, part, variant=self._variant(part), dtype=dtype)
 
 
 @contextmanager
@@ -344,36 +348,13 @@ def _without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _network_class(part: str) -> Any:
-    import diffusers
-    import transformers
-
-    return {
-        "unet": diffusers.UNet2DConditionModel,
-        "vae": diffusers.AutoencoderKL,
-        "text_encoder": transformers.CLIPTextModel,
-        "text_encoder_2": transformers.CLIPTextModelWithProjection,
-    }[part]
-
-
 def _scheduler(config: dict[str, Any]) -> Any:
     """The sampler that a scheduler_config.json names."""
     import diffusers
 
     name = config.get("_class_name", "EulerDiscreteScheduler")
-    if name not in dir(diffusers):
+    kind = getattr(diffusers, name) if name in dir(diffusers) else None
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
         raise UserError(f"diffusers has no sampler '{name}'", where="scheduler_config.json", fix="update diffusers")
-    return getattr(diffusers, name).from_config(config)
-
-
-def _weights(folder: Path, variant: str | None) -> list[Path]:
-    """The safetensors files of one network, those of the variant if one is asked for."""
-    found = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
-    chosen = [p for p in found if f".{variant}" in p.name] if variant else [p for p in found if ".fp16" not in p.name]
-    if not (chosen or found):
-        raise UserError("no .safetensors weights in this folder", where=str(folder), fix="fetch the model again")
-    return chosen or found
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    sampler: Any = kind
+    return sampler.from_config(config)

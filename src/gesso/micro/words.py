@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 COMMON = [
@@ -124,7 +125,7 @@ def split(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
     """The pieces of one word: the pair with the lowest rank is joined until none is left."""
     pieces = [*word[:-1], word[-1] + "</w>"]
     while True:
-        pairs = [(ranks[pair], i) for i, pair in enumerate(zip(pieces, pieces[1:], strict=False)) if pair in ranks]
+        pairs = [(ranks[pair], i) for i, pair in enumerate(pairwise(pieces)) if pair in ranks]
         if not pairs:
             return pieces
         _, i = min(pairs)

@@ -1,0 +1,99 @@
+"""diffusers' folder layout: which files make up a network, and reading one whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gesso.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+_STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+
+
+def patterns(part: str, variant: str | None) -> list[str]:
+    """The names that the files of one network can have in its folder: weights whole or in shards, and the config."""
+    stem, mark = _STEMS.get(part, "model"), f".{variant}" if variant else ""
+    shards = "-?????-of-?????"
+    names = [
+        "config.json",
+        f"{stem}{mark}.safetensors",
+        f"{stem}{mark}{shards}.safetensors",
+        # Before diffusers 0.31 the variant came after the number of the shard.
+        f"{stem}{shards}{mark}.safetensors",
+        f"{stem}.safetensors.index{mark}.json",
+    ]
+    return list(dict.fromkeys(names))
+
+
+def files(folder: Path, part: str, variant: str | None) -> list[Path]:
+    """The config and the weights of one network; raises `UserError` where there are no weights of this variant."""
+    found = {path for pattern in patterns(part, variant) for path in folder.glob(pattern)}
+    if any(path.suffix == ".safetensors" for path in found):
+        return sorted(found)
+    marked = f"{variant} " if variant else ""
+    names = ", ".join(sorted(p.name for p in folder.glob("*") if p.is_file() and p.name != "config.json")[:6])
+    fix = "set model.variant if its files carry one, such as fp16; pickle files (.bin) have to be converted first"
+    raise UserError(
+        f"there are no {marked}.safetensors weights of {part} in this folder (found: {names or 'nothing'})",
+        where=str(folder),
+        fix="leave out model.variant, or fetch the files of this variant" if variant else fix,
+    )
+
+
+def has(folder: Path, part: str, variant: str | None) -> bool:
+    """Whether the folder holds weights of this variant."""
+    return any(path.suffix == ".safetensors" for p in patterns(part, variant) for path in folder.glob(p))
+
+
+def read(folder: Path, part: str, *, variant: str | None, dtype: torch.dtype) -> Any:
+    """One network from its folder.
+
+    Raises `UserError` for weights that are absent, unreadable, of another shape or incomplete: the libraries would
+    fill what is missing with random numbers.
+    """
+    from safetensors import SafetensorError
+
+    files(folder, part, variant)
+    try:
+        network, info = network_class(part).from_pretrained(
+            folder, variant=variant, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise unreadable(part, error, folder) from error
+    if missing := sorted(info["missing_keys"]):
+        raise incomplete(part, missing, folder)
+    return network
+
+
+def unreadable(part: str, error: Exception, path: Path) -> UserError:
+    """The error for weights that a library refuses, with the first line of what it said."""
+    said = (str(error).strip() or type(error).__name__).split("\n")[0]
+    return UserError(
+        f"the weights of {part} cannot be read ({said})", where=str(path), fix="fetch or export the model again"
+    )
+
+
+def incomplete(part: str, missing: list[str], path: Path) -> UserError:
+    """The error for a network of which tensors are not in its files; `missing` may be empty if they are not known."""
+    first = f" (first: {missing[0]})" if missing else ""
+    return UserError(
+        f"{len(missing) or 'some'} of the tensors of {part} are missing{first}",
+        where=str(path),
+        fix="fetch or export the model again; its files are damaged or belong to another configuration",
+    )
+
+
+def network_class(part: str) -> Any:
+    """The diffusers or transformers class of a part."""
+    import diffusers
+    import transformers
+
+    return {
+        "unet": diffusers.UNet2DConditionModel,
+        "vae": diffusers.AutoencoderKL,
+        "text_encoder": transformers.CLIPTextModel,
+        "text_encoder_2": transformers.CLIPTextModelWithProjection,
+    }[part]
