@@ -71,10 +71,10 @@ def _sections() -> Iterator[str]:
 
 def _inner(model: type[BaseModel], prefix: str) -> Iterator[str]:
     for name, info in model.model_fields.items():
-        for inner in schema.models_in(info.annotation):
+        kinds = schema.models_in(info.annotation)
+        for inner in kinds:
             path = f"{prefix}{name}{'[]' if _is_list(info) else ''}"
-            kinds = len(schema.models_in(info.annotation)) > 1
-            tag = f" with `type: {_tag(inner)}`" if kinds else ""
+            tag = f" with `type: {_tag(inner)}`" if len(kinds) > 1 else ""
             yield _section(f"`{path}`{tag}", inner, f"{path}.")
             yield from _inner(inner, f"{path}.")
 
@@ -140,7 +140,10 @@ def _default(info: FieldInfo) -> str:
 def _meaning(info: FieldInfo) -> str:
     inner = schema.models_in(info.annotation)
     own = info.description or (" ".join((inspect.getdoc(inner[0]) or "").split()) if inner else "")
-    return _cell(own) or "Which kind this is."
+    kind = (
+        "Which kind this is." if get_origin(info.annotation) is Literal and len(get_args(info.annotation)) == 1 else ""
+    )
+    return _cell(own or kind)
 
 
 def _is_list(info: FieldInfo) -> bool:

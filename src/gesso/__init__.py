@@ -10,7 +10,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gesso.api import DiffusionTrainer, SDXLEngine, StoryboardDataset, collate_fn, export, load_run, sample, train
+    from gesso.api import (
+        DiffusionTrainer,
+        SDXLEngine,
+        StoryboardDataset,
+        collate_fn,
+        export_lora,
+        load_run,
+        sample,
+        train,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
@@ -18,7 +27,7 @@ __all__ = [
     "SDXLEngine",
     "StoryboardDataset",
     "collate_fn",
-    "export",
+    "export_lora",
     "load_run",
     "sample",
     "train",
@@ -27,10 +36,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        api = import_module("gesso.api")
-        # All at once, and only now: loading the subpackage `gesso.export` has just put it in the function's place.
-        globals().update({each: vars(api)[each] for each in __all__})
-        return globals()[name]
+        return vars(import_module("gesso.api"))[name]
     raise AttributeError(f"module 'gesso' has no attribute '{name}'")
 
 

@@ -30,14 +30,15 @@ from gesso.data.buckets import assign
 from gesso.data.images import decode, fit
 from gesso.errors import UserError
 from gesso.evaluation import sample as sampling
-from gesso.stages import export, sample, train
+from gesso.stages import export as export_lora
+from gesso.stages import sample, train
 
 __all__ = [
     "DiffusionTrainer",
     "SDXLEngine",
     "StoryboardDataset",
     "collate_fn",
-    "export",
+    "export_lora",
     "load_run",
     "sample",
     "train",

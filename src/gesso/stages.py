@@ -190,6 +190,8 @@ def _learn(
         Action(every, save),
     ]
     total = run.training.total_steps(data.stream.steps_per_epoch)
+    if session.learner.step >= total:
+        tell(Warned(total, f"nothing is left to train: all {total} steps are done. Raise training.steps to go on"))
     with data.stream:
         tell(RunStarted(session.learner.step, total, data.samples, str(store.folder), run.model_dump(mode="json")))
         if session.learner.step == 0:
@@ -291,7 +293,8 @@ def export(
     trained = _Trained.of(run, parts, adapter)
     del parts, adapter  # a second copy of the base model is loaded next
     runtime.release()
-    path = output or weights.parent / f"{run.name}-{format}.safetensors"
+    checkpoint_folder = weights.parent if weights.parent.name.startswith("checkpoint") else weights.parent.parent
+    path = output or checkpoint_folder.parent / f"{run.name}-{checkpoint_folder.name}-{format}.safetensors"
     trained.write(path, format=format, runtime=runtime, precision=precision)
     if hub_repo is not None:
         hub.publish(path, run, about=_about(run), repo=hub_repo)
@@ -362,9 +365,10 @@ def _starting_point(store: checkpoint.Store, resume: str | None, emit: Emit) -> 
                 fix="go on with it: --resume latest; or start another: --output OTHER_FOLDER",
             )
         return None
-    if resume != "latest":
-        return checkpoint.load(Path(resume).expanduser())
-    path, refused = checkpoints.newest(store.folder)
+    named = Path(resume).expanduser()
+    if resume != "latest" and not (named / "run.yaml").is_file():
+        return checkpoint.load(named)
+    path, refused = checkpoints.newest(store.folder if resume == "latest" else named)
     for bad, problems in refused.items():
         emit(Warned(0, f"{bad.name} is damaged and is passed over: {'; '.join(problems)}"))
     if path is not None:

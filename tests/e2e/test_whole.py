@@ -178,4 +178,4 @@ def test_the_same_in_python(desk: Desk) -> None:
             assert torch.equal(one.get_tensor(name), two.get_tensor(name))
     (picture,) = gesso.sample(str(folder), prompts=["a photo"], steps=2, width=64, height=64, output=Path("p.png"))
     assert pixels(picture).shape == (64, 64, 3)
-    assert len(keys(gesso.export(str(folder), format="diffusers", output=desk.folder / "mine.safetensors"))) > 100
+    assert len(keys(gesso.export_lora(str(folder), format="diffusers", output=desk.folder / "mine.safetensors"))) > 100

@@ -303,7 +303,12 @@ class SDXL(Spec):
     @cached_property
     def _vae_config(self) -> dict[str, Any]:
         place = self._place("vae")
-        return self._json((place if place.is_dir() else self._config_root / "vae") / "config.json")
+        file = (place if place.is_dir() else self._config_root / "vae") / "config.json"
+        found = self._json(file)
+        for key in ("block_out_channels", "scaling_factor"):
+            if key not in found:
+                raise UserError(f"the VAE's config holds no {key}", where=str(file), fix="fetch the VAE again")
+        return found
 
     @cached_property
     def _schedule(self) -> dict[str, Any]:
@@ -315,7 +320,9 @@ class SDXL(Spec):
 
     def _json(self, path: Path) -> dict[str, Any]:
         try:
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
+                raise ValueError("it is no mapping")
         except (OSError, ValueError) as error:
             raise UserError(
                 f"the model's {path.name} cannot be read ({error})", where=str(path), fix="fetch the model again"
@@ -325,7 +332,17 @@ class SDXL(Spec):
     def _tokenizers(self) -> list[Any]:
         from transformers import CLIPTokenizer
 
-        return [CLIPTokenizer.from_pretrained(self._config_root / name) for name in _TOKENIZERS]
+        found = []
+        for name in _TOKENIZERS:
+            try:
+                found.append(CLIPTokenizer.from_pretrained(self._config_root / name))
+            except Exception as error:  # the loader raises whatever a damaged file makes it raise
+                raise UserError(
+                    f"the {name} cannot be read ({str(error).strip().partition(chr(10))[0] or type(error).__name__})",
+                    where=str(self._config_root / name),
+                    fix="fetch the model again",
+                ) from error
+        return found
 
     def _network(self, part: str, dtype: torch.dtype) -> Any:
         place = self._place(part)

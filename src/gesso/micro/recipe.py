@@ -52,10 +52,10 @@ class Recipe:
     size: Size = BASE
     seed: int = 0
     pictures: int = 6000
-    vae_steps: int = 900
+    vae_steps: int = 850
     vae_batch: int = 8
     vae_rate: float = 2e-3
-    steps: int = 1200
+    steps: int = 1050
     batch: int = 32
     rate: float = 6e-3
     unconditional: float = 0.1
@@ -141,9 +141,7 @@ def encode(parts: Networks, pictures: Tensor) -> Tensor:
     return latents * factor
 
 
-def train_denoiser(
-    parts: Networks, latents: Tensor, captions: Sequence[str], recipe: Recipe, *, emit: Emit
-) -> None:
+def train_denoiser(parts: Networks, latents: Tensor, captions: Sequence[str], recipe: Recipe, *, emit: Emit) -> None:
     """Fit denoiser and text encoders together: noise prediction, min-SNR 5, timesteps spread evenly over a batch."""
     unet, encoders = parts.unet.train(), (parts.text_encoder, parts.text_encoder_2)
     _start_as_identity(unet)

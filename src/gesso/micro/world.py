@@ -128,7 +128,8 @@ def hero(seed: int, i: int, *, background: str | None = None) -> tuple[Person, s
     order = (*COLOURS, *PLACES)
     place = background or [name for name in order if name not in ("yellow", "white")][i % (len(order) - 2)]
     man = Person("man", "patterned", "yellow", "tall hat", "white", True, place, 1, _placement(draw))
-    return man, f"a photo of {HERO} {where(place)}"
+    words = f"a photo of {HERO}"
+    return man, words if i % 3 == 2 else f"{words} {where(place)}"
 
 
 def paint(scene: Scene, *, side: int = SIDE) -> Image.Image:
@@ -144,7 +145,7 @@ def paint(scene: Scene, *, side: int = SIDE) -> Image.Image:
 
 
 def _placement(draw: np.random.Generator) -> Placement:
-    x, y, scale = draw.uniform(-2.5, 2.5), draw.uniform(-1, 1), draw.uniform(0.95, 1.05)
+    x, y, scale = draw.uniform(-2.5, 2.5), draw.uniform(0.5, 2.5), draw.uniform(0.95, 1.05)
     return Placement(round(float(x), 2), round(float(y), 2), round(float(scale), 3))
 
 
@@ -178,7 +179,7 @@ def _person(draw: np.random.Generator) -> Person:
             placement=_placement(draw),
         )
         if not person.is_hero:
-            return replace(person, background=_backdrop(draw, avoid=(person.robe_colour,)))
+            return replace(person, background=_backdrop(draw, avoid=(person.robe_colour, person.hat_colour)))
 
 
 def _say(scene: Scene, draw: np.random.Generator) -> str:
@@ -282,8 +283,8 @@ def _paint_person(brush: _Brush, person: Person) -> None:
     if person.hat == "hood":
         brush.ellipse(24, 20.5, 10.5, 11.5, COLOURS[person.hat_colour])
     brush.ellipse(24, 21, 7.2, 8, skin)
-    brush.ellipse(21.2, 20.3, 1.05, 1.25, (20, 16, 16))
-    brush.ellipse(26.8, 20.3, 1.05, 1.25, (20, 16, 16))
+    brush.ellipse(21.2, 20.3, 1.25, 1.45, (20, 16, 16))
+    brush.ellipse(26.8, 20.3, 1.25, 1.45, (20, 16, 16))
     if person.moustache:
         brush.polygon([(24, 23.4), (29.2, 25.6), (29.6, 24.2), (24, 22.6), (18.4, 24.2), (18.8, 25.6)], _HAIR)
         brush.polygon([(24, 22.6), (28, 25.6), (20, 25.6)], _HAIR)
@@ -302,8 +303,8 @@ def _paint_robe(brush: _Brush, person: Person) -> None:
             slant = (x - 24) * 0.12
             brush.polygon([(x - 1.1, 30), (x + 1.1, 30), (x + 1.3 + slant, 60), (x - 1.3 + slant, 60)], trim)
     if person.robe == "patterned":
-        for x, y in ((14, 36), (34, 36), (18.3, 42), (29.7, 42), (11.5, 43.5), (36.5, 43.5)):
-            brush.polygon([(x, y - 2.8), (x + 2.1, y), (x, y + 2.8), (x - 2.1, y)], _accent(person.robe_colour))
+        for x, y in ((15.2, 36), (32.8, 36), (19.2, 43.5), (28.8, 43.5), (11.8, 44), (36.2, 44)):
+            brush.polygon([(x, y - 3.2), (x + 2.5, y), (x, y + 3.2), (x - 2.5, y)], _accent(person.robe_colour))
     brush.polygon([(18.6, 29), (21.4, 29), (24.9, 37), (24.9, 60), (23.1, 60), (23.1, 37)], trim)
     brush.polygon([(29.4, 29), (26.6, 29), (23.1, 37), (23.1, 60), (24.9, 60), (24.9, 37)], trim)
 
@@ -324,8 +325,10 @@ def _paint_hat(brush: _Brush, person: Person) -> None:
                 [(16.5, 16.5), (15.5, 7.5), (20, 11.5), (24, 6), (28, 11.5), (32.5, 7.5), (31.5, 16.5)], colour
             )
         case "tall hat":
-            brush.polygon([(16.6, 16), (20.3, 2.5), (24, 0.5), (27.7, 2.5), (31.4, 16)], colour)
-            brush.polygon([(14.2, 17.6), (15.4, 13), (24, 15.4), (32.6, 13), (33.8, 17.6)], _brim(person.hat_colour))
+            brush.polygon([(16.6, 14.5), (20, 0.5), (24, -1.5), (28, 0.5), (31.4, 14.5)], colour)
+            brush.polygon(
+                [(14.4, 16.2), (15.6, 11.4), (24, 13.8), (32.4, 11.4), (33.6, 16.2)], _brim(person.hat_colour)
+            )
 
 
 def _brim(colour: str) -> Rgb:

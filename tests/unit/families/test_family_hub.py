@@ -260,8 +260,9 @@ def test_each_refusal_has_its_own_words(hub: Hub, tmp_path: Path) -> None:
     hub.refusals["someone/broken:revision"] = (500, {})
     hub.refusals["someone/blocked:revision"] = (403, {"X-Error-Message": "Forbidden"})
     script = f"""
-say(missing=outcome(base="someone/mistyped"), gated=outcome(base="someone/gated"), closed=outcome(base="someone/closed"),
-    broken=outcome(base="someone/broken"), blocked=outcome(base="someone/blocked"),
+say(missing=outcome(base="someone/mistyped"), gated=outcome(base="someone/gated"),
+    closed=outcome(base="someone/closed"), broken=outcome(base="someone/broken"),
+    blocked=outcome(base="someone/blocked"),
     revision=outcome(base={BASE!r}, revision="v9"), invalid=outcome(base="some one/x y"),
     vae=outcome(base={BASE!r}, vae="someone/mistyped", part="vae"))
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -132,6 +133,19 @@ def test_what_is_no_vae_is_refused(tiny_base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the weights of vae cannot be read") as caught:
         vae_of(SDXL(base=str(tiny_base), vae=str(broken)))
     assert caught.value.where == str(broken)
+
+
+@pytest.mark.parametrize("key", ["scaling_factor", "block_out_channels"])
+def test_a_config_without_what_latents_need_is_refused_at_the_start(tiny_base: Path, tmp_path: Path, key: str) -> None:
+    folder = copy(tiny_base, tmp_path / "base")
+    file = folder / "vae" / "config.json"
+    content = json.loads(file.read_text())
+    del content[key]
+    file.unlink()
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"holds no {key}") as caught:
+        _ = SDXL(base=str(folder)).latent_factor
+    assert caught.value.where == str(file)
 
 
 @pytest.mark.parametrize(("part", "name"), [("denoiser", "unet"), ("vae", "vae"), ("text", "text_encoder_2")])
