@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from gesso.core.batch import Batch
 from gesso.core.events import Event, Finished, Progress, RunStarted, Saved, Validated, Warned
 from gesso.core.folder import RunFolder, write_atomic, write_json
 from gesso.core.provenance import provenance
-from gesso.core.runtime import Precision, Runtime
+from gesso.core.runtime import Precision, Runtime, out_of_memory_explained
 from gesso.core.seams import Attached, Emit, Parts
 from gesso.core.signals import stop_requests
 from gesso.data import index as dataset
@@ -68,10 +67,11 @@ def train(run: RunConfig, *, resume: str | None = None, accept: Collection[str] 
             if start is not None:
                 _check_identity(start, identity, accept, tell)
             _record(run, folder, identity)
-            session = Session.build(run, data.parts, runtime)
-            if start is not None:
-                session.restore(start)
-            last = _learn(run, session, data, store, identity, runtime, stopping, tell)
+            with out_of_memory_explained():
+                session = Session.build(run, data.parts, runtime)
+                if start is not None:
+                    session.restore(start)
+                last = _learn(run, session, data, store, identity, runtime, stopping, tell)
             if stopping():
                 raise Interrupted(
                     f"stopped after step {session.learner.step} as asked; everything is saved",
@@ -297,7 +297,7 @@ def export(
     path = output or checkpoint_folder.parent / f"{run.name}-{checkpoint_folder.name}-{format}.safetensors"
     trained.write(path, format=format, runtime=runtime, precision=precision)
     if hub_repo is not None:
-        hub.publish(path, run, about=_about(run), repo=hub_repo)
+        hub.publish(path, run, about=About.of(run), repo=hub_repo)
     return path
 
 
@@ -322,35 +322,12 @@ class _Trained:
             self.header,
             format=format,
             precision=precision,
-            about=_about(self.run),
+            about=About.of(self.run),
             family=self.run.model,
             expected=self.expected,
             runtime=runtime,
         )
         return path
-
-
-def _about(run: RunConfig) -> About:
-    """What an exported file says of the run it comes from."""
-    training, triggers = run.training, [source.trigger for source in run.data.sources if source.trigger]
-    return About(
-        title=run.name,
-        architecture=run.model.architecture,
-        base=run.model.base,
-        prediction=run.model.noise.prediction,
-        resolution=(run.data.resolution, run.data.resolution),
-        trigger=", ".join(dict.fromkeys(triggers)),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-        training={
-            "ss_learning_rate": str(training.learning_rate),
-            "ss_seed": str(run.seed),
-            "ss_batch_size_per_device": str(training.batch_size),
-            "ss_gradient_accumulation_steps": str(training.accumulation),
-            "ss_mixed_precision": training.precision,
-            "ss_lr_scheduler": training.schedule.type,
-            "ss_optimizer": training.optimizer.type,
-        },
-    )
 
 
 # Where a run starts, and what it leaves behind.
@@ -367,7 +344,14 @@ def _starting_point(store: checkpoint.Store, resume: str | None, emit: Emit) -> 
         return None
     named = Path(resume).expanduser()
     if resume != "latest" and not (named / "run.yaml").is_file():
-        return checkpoint.load(named)
+        start = checkpoint.load(named)
+        if later := [step for step in checkpoints.listed(store.folder) if step > start.step]:
+            raise UserError(
+                f"this folder goes on after {named.name}, to checkpoint-{max(later)}",
+                where=str(store.folder),
+                fix="branch off into another folder with --output, or go on from the end with --resume latest",
+            )
+        return start
     path, refused = checkpoints.newest(store.folder if resume == "latest" else named)
     for bad, problems in refused.items():
         emit(Warned(0, f"{bad.name} is damaged and is passed over: {'; '.join(problems)}"))

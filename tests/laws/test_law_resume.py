@@ -222,3 +222,30 @@ def test_a_second_run_in_the_folder_is_refused(long_settings: dict[str, Any]) ->
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_branch_must_not_mix_with_what_came_after(make_run: MakeRun, tmp_path: Path) -> None:
+    """Going on from an earlier checkpoint with another rate would leave the old later ones among the new."""
+    run = make_run("run")
+    folder = stages.train(run)
+    other = make_run("run", training__learning_rate=5e-3)
+    with pytest.raises(UserError, match="goes on after checkpoint-3, to checkpoint-8"):
+        stages.train(other, resume=str(folder / "checkpoint-3"))
+    branch = stages.train(other.model_copy(update={"output": tmp_path / "branch"}), resume=str(folder / "checkpoint-3"))
+    assert checkpoint_bytes(branch, 8) != checkpoint_bytes(folder, 8)
+
+
+def test_a_run_resumes_in_another_precision_with_a_notice(make_run: MakeRun) -> None:
+    with pytest.raises(Stop):
+        stages.train(make_run("run"), emit=stop_after(4))
+    told: list[str] = []
+    stages.train(make_run("run", training__precision="bf16"), resume="latest", emit=lambda e: told.append(str(e)))
+    assert any("training.precision: 'fp32' -> 'bf16'" in text for text in told)
+
+
+def test_nothing_left_to_train_is_said(make_run: MakeRun) -> None:
+    run = make_run("run")
+    stages.train(run)
+    told: list[str] = []
+    stages.train(run, resume="latest", emit=lambda e: told.append(str(e)))
+    assert any("nothing is left to train" in text for text in told)

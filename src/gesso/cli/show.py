@@ -42,7 +42,7 @@ def advice(found: Advice, origins: Mapping[str, str]) -> None:
 
 def forecast_lines(numbers: Forecast) -> list[str]:
     """The forecast for people."""
-    held = f", {numbers.held_out} of them held out" if numbers.held_out else ""
+    held = f", about {numbers.held_out} of them held out" if numbers.held_out else ""
     folders = f" ({' + '.join(map(str, numbers.images))})" if len(numbers.images) > 1 else ""
     lines = [
         f"images      {sum(numbers.images)}{folders}{held}; {numbers.samples_per_epoch} samples an epoch",

@@ -105,7 +105,7 @@ class Optimizer(Spec):
 
 
 class EMA(Spec):
-    """Exponential moving average of the trained weights, kept in float32."""
+    """Exponential moving average of the trained weights, kept in float64."""
 
     enabled: bool = False
     """Keep one; it is saved under `ema/` in every checkpoint."""

@@ -6,6 +6,8 @@ import os
 import re
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -85,6 +87,20 @@ class Runtime:
         """Give freed blocks back to the device."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+@contextmanager
+def out_of_memory_explained() -> Iterator[None]:
+    """Turn a device's out-of-memory error into a `ResourceError` that says which settings help."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"the device is out of memory ({str(error).splitlines()[0]})",
+            where="training",
+            fix="lower training.batch_size (and raise training.accumulation by as much), set "
+            "training.gradient_checkpointing to true, or lower data.resolution or adapter.rank; what was saved is kept",
+        ) from error
 
 
 def _best_device() -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 import gesso
+from gesso.config.run import RunConfig
 from gesso.families.lora_names import KOHYA_BASE_VERSION
 
 
@@ -32,6 +34,29 @@ class About:
     date: str = ""
     tags: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     training: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, run: RunConfig) -> About:
+        """What a run says of the file that comes from it, dated now."""
+        training, triggers = run.training, [source.trigger for source in run.data.sources if source.trigger]
+        return cls(
+            title=run.name,
+            architecture=run.model.architecture,
+            base=run.model.base,
+            prediction=run.model.noise.prediction,
+            resolution=(run.data.resolution, run.data.resolution),
+            trigger=", ".join(dict.fromkeys(triggers)),
+            date=datetime.now(UTC).isoformat(timespec="seconds"),
+            training={
+                "ss_learning_rate": str(training.learning_rate),
+                "ss_seed": str(run.seed),
+                "ss_batch_size_per_device": str(training.batch_size),
+                "ss_gradient_accumulation_steps": str(training.accumulation),
+                "ss_mixed_precision": training.precision,
+                "ss_lr_scheduler": training.schedule.type,
+                "ss_optimizer": training.optimizer.type,
+            },
+        )
 
     @property
     def base_name(self) -> str:

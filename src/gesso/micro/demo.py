@@ -31,14 +31,19 @@ PROMPTS = (
     "a yellow star on a blue background",
 )
 """Aldar as trained, where he never was, and two that should stay as they are."""
+_OTHER_SEED = 1
+"""Not the base model's own pictures."""
 RUN_FILE = """\
-# Teach the small model of this folder a character, from the twelve pictures in `pictures`.
+# Teach the small model of this folder a character, from twelve pictures of him.
 name: aldar
 model:
   base: base
 data:
   sources:
     - path: pictures
+      repeats: 2
+    # The world as the model knows it, so that it learns Aldar without forgetting the rest.
+    - path: others
   validation:
     path: validation
   resolution: 48
@@ -47,6 +52,7 @@ data:
   cache: cache
 adapter:
   rank: 16
+  targets: all-linear
 training:
   steps: {steps}
   batch_size: 4
@@ -79,7 +85,8 @@ NEXT = """\
 
 - `before_after.png`: each row is one prompt from one seed; the columns are the model before, during and after training.
 - `loss.png`: the loss on the training pictures and on two that were kept back.
-- `pictures`: the twelve pictures with their captions. `run.yaml`: every setting. `base`: the model, made on this machine.
+- `pictures`: twelve of Aldar with their captions; `others`: what keeps the model from forgetting the rest;
+  `run.yaml`: the settings; `base`: the model, made on this machine.
 - `run`: the run folder with `events.jsonl`, checkpoints and the LoRA, `aldar.safetensors`.
 
 # What to try next
@@ -119,19 +126,15 @@ def run_file(steps: int) -> str:
 
 
 def paint_pictures(folder: Path) -> None:
-    """Twelve training pictures and two for validation, each with its caption beside it."""
-    sets = {
-        "pictures": [TRAINED_ON[i % len(TRAINED_ON)] for i in range(12)],
-        "validation": list(HELD_OUT),
-    }
-    number = 0
-    for name, backgrounds in sets.items():
+    """Twelve pictures of Aldar, 24 of other things, two of Aldar for validation; each with its caption beside it."""
+    backgrounds = [TRAINED_ON[i % len(TRAINED_ON)] for i in range(12)] + list(HELD_OUT)
+    aldar = [world.hero(0, i, background=background) for i, background in enumerate(backgrounds)]
+    others = world.scenes(_OTHER_SEED, 24)
+    for name, scenes in {"pictures": aldar[:12], "validation": aldar[12:], "others": list(others)}.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
-        for i, background in enumerate(backgrounds):
-            man, caption = world.hero(0, number, background=background)
-            world.paint(man).save(folder / name / f"{i + 1:02d}.png")
-            (folder / name / f"{i + 1:02d}.txt").write_text(caption + "\n", encoding="utf-8")
-            number += 1
+        for i, (scene, caption) in enumerate(scenes, start=1):
+            world.paint(scene).save(folder / name / f"{i:02d}.png")
+            (folder / name / f"{i:02d}.txt").write_text(caption + "\n", encoding="utf-8")
 
 
 def before_after(result: RunFolder, *, enlarge: int = 4) -> Image.Image:
@@ -142,7 +145,7 @@ def before_after(result: RunFolder, *, enlarge: int = 4) -> Image.Image:
         cells[entry["prompt"], entry["step"]] = result.path / entry["file"]
     prompts = list(dict.fromkeys(prompt for prompt, _ in cells))
     steps = sorted({step for _, step in cells})
-    heads = ["before" if step == 0 else f"after {step} steps" for step in steps]
+    heads = ["before" if step == 0 else f"{step} steps" for step in steps]
     rows = [[_enlarged(cells[prompt, step], enlarge) for step in steps] for prompt in prompts]
     return _table(rows, heads=heads, names=prompts)
 

@@ -74,7 +74,8 @@ class Session:
                     fix="set it to false, as in the run that was saved",
                 )
             learner.average.restore(saved.average)
-        learner.scaler.load_state_dict(saved.position["scaler"])
+        if learner.scaler.is_enabled() and saved.position["scaler"]:
+            learner.scaler.load_state_dict(saved.position["scaler"])
         learner.step = saved.step
 
     def release(self) -> None:

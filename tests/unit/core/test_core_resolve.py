@@ -18,7 +18,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None, str]]
     """What would be asked of the hub."""
     asked: list[tuple[str, str | None, str]] = []
 
-    def download(name: str, revision: str | None, patterns: list[str], key: str) -> Path:  # noqa: ARG001
+    def download(name: str, revision: str | None, patterns: list[str], key: str) -> Path:
         asked.append((name, revision, key))
         return Path("/from/the/hub")
 
