@@ -42,7 +42,9 @@ def test_train_resume_sample_export(
 
     assert call("train", "--config", "training.yaml", *quick) == 2
     assert "already holds a run" in capsys.readouterr().err
-    assert call("train", "--resume_from_checkpoint", "out/checkpoint-2") == 0
+    assert call("train", "--resume_from_checkpoint", "out/checkpoint-2") == 2
+    assert "goes on after checkpoint-2, to checkpoint-4" in capsys.readouterr().err
+    assert call("train", "--resume_from_checkpoint", "out/checkpoint-2", "--output", "branch") == 0
     assert "from step 2" in capsys.readouterr().out
 
     assert call("sample", "out", "--prompt", "a photo", "--steps", "1", "--count", "2", "-o", "o.png") == 0

@@ -240,7 +240,7 @@ def test_sizes_of_a_small_local_model_are_not_guessed(tmp_path: Path, run: Calla
     model = tmp_path / "model"
     for part in ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"):
         (model / part).mkdir(parents=True)
-    (model / "vae" / "config.json").write_text('{"block_out_channels": [8, 16, 16]}')
+    (model / "vae" / "config.json").write_text('{"block_out_channels": [8, 16, 16], "scaling_factor": 0.13025}')
     (model / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"0" * 100)
     result = advice.check(run(f"model.base={model}", "data.resolution=68", "data.buckets.enabled=false"), Machine())
     assert not result.errors, "a cell of this model is 4 pixels"
