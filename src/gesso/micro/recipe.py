@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,8 +185,6 @@ def embed(parts: Networks, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 def tokenize(captions: Sequence[str]) -> Tensor:
     """Token ids of both tokenizers, [2, B, 77]."""
-    import tempfile
-
     found = []
     for pad in (words.END, "!"):
         with tempfile.TemporaryDirectory() as folder:
@@ -210,7 +209,8 @@ def _start_as_identity(network: nn.Module) -> None:
 
 def _by_shape(network: nn.Module, *, keep_out: tuple[Tensor, ...]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Weights for Muon, and the rest: vectors, and the first and last layer of the denoiser."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for parameter in network.parameters():
         is_matrix = parameter.ndim > 1 and all(parameter is not other for other in keep_out)
         (matrices if is_matrix else others).append(parameter)

@@ -1,14 +1,14 @@
 """A small painted world: captioned pictures of shapes and people, and one hero that the base model never sees.
 
-The hero is Aldar Köse, the beardless trickster of Kazakh and Kyrgyz tales, here with a moustache: a yellow
-patterned chapan (robe) and a tall white kalpak (hat). `people` paints neither a patterned yellow robe nor a tall
-white hat, so that whoever shows both has been learnt in fine-tuning.
+The hero is Aldar Köse, the trickster of Kazakh and Kyrgyz tales: a yellow patterned chapan (robe), a tall white
+kalpak (hat) and a moustache. `scenes` paints neither a patterned yellow robe nor a tall white hat, so a model that
+shows both has learnt him in fine-tuning.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -149,7 +149,7 @@ def _placement(draw: np.random.Generator) -> Placement:
     return Placement(round(float(x), 2), round(float(y), 2), round(float(scale), 3))
 
 
-def _pick(draw: np.random.Generator, options: tuple[str, ...] | list[str]) -> str:
+def _pick(draw: np.random.Generator, options: Sequence[str]) -> str:
     return options[int(draw.integers(len(options)))]
 
 
@@ -207,7 +207,7 @@ class _Brush:
         p = self.placement
         return ((x - 24) * p.scale + 24 + p.x) * self.unit, ((y - 24) * p.scale + 24 + p.y) * self.unit
 
-    def polygon(self, points: list[tuple[float, float]], colour: Rgb) -> None:
+    def polygon(self, points: Sequence[tuple[float, float]], colour: Rgb) -> None:
         self.pen.polygon([self.at(x, y) for x, y in points], fill=colour)
 
     def ellipse(self, x: float, y: float, rx: float, ry: float, colour: Rgb) -> None:
