@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import textwrap
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from gesso import stages
@@ -19,6 +17,7 @@ from gesso.core.folder import RunFolder
 from gesso.core.seams import Emit
 from gesso.errors import UserError
 from gesso.micro import world
+from gesso.micro.halves import one_thread_per_operation
 from gesso.micro.recipe import Recipe, base_model
 
 TRAINED_ON = ("red", "green", "blue", "black", "steppe", "desert", "night")
@@ -110,8 +109,8 @@ def run(folder: Path, *, emit: Emit, recipe: Recipe | None = None, steps: int = 
     paint_pictures(folder)
     (folder / "run.yaml").write_text(run_file(steps), encoding="utf-8")
     output = f"output={json.dumps(str((folder / 'run').absolute()))}"
-    with _few_threads():
-        base_model(folder / "base", emit=emit, recipe=recipe)
+    base_model(folder / "base", emit=emit, recipe=recipe)
+    with one_thread_per_operation():
         stages.train(files.load(folder / "run.yaml", sets=[output]).run, emit=emit)
     result = RunFolder(folder / "run")
     _loss_curve(result, folder / "loss.png")
@@ -206,17 +205,6 @@ def _loss_curve(result: RunFolder, path: Path) -> None:
 
 def _running_mean(values: Sequence[float], width: int = 25) -> list[float]:
     return [sum(values[max(0, i + 1 - width) : i + 1]) / min(i + 1, width) for i in range(len(values))]
-
-
-@contextmanager
-def _few_threads(most: int = 4) -> Iterator[None]:
-    """Inside: torch uses at most `most` threads; with more, networks this small spend their time waiting."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(before, most))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _make_room(folder: Path) -> None:

@@ -37,13 +37,11 @@ class Muon:
         self._means = [torch.zeros_like(p) for p in self._parameters]
 
     @torch.no_grad()
-    def step(self, rate: float) -> None:
-        """One update; parameters without a gradient stay."""
-        for parameter, mean in zip(self._parameters, self._means, strict=True):
-            if parameter.grad is None:
-                continue
-            mean.lerp_(parameter.grad, 1 - self._momentum)
-            update = parameter.grad.lerp(mean, self._momentum).flatten(1)
+    def step(self, gradients: Sequence[Tensor], *, rate: float) -> None:
+        """One update with one gradient for each parameter."""
+        for parameter, mean, gradient in zip(self._parameters, self._means, gradients, strict=True):
+            mean.lerp_(gradient, 1 - self._momentum)
+            update = gradient.lerp(mean, self._momentum).flatten(1)
             scale = math.sqrt(max(1.0, update.shape[0] / update.shape[1]))
             parameter.add_(orthogonal(update).reshape(parameter.shape), alpha=-rate * scale)
 
@@ -61,32 +59,31 @@ class Optimizer:
         self._muon = Muon(self._matrices)
         self._adam = torch.optim.AdamW(self._others, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
         self._rate, self._steps, self._step = rate, steps, 0
-        self._average = [p.detach().clone() for p in self._all()]
+        self.parameters = [*self._matrices, *self._others]
+        self._average = [p.detach().clone() for p in self.parameters]
 
-    def step(self, loss: Tensor) -> None:
-        """Backward, clip, update, average."""
-        for parameter in self._all():
-            parameter.grad = None
-        loss.backward()
-        nn.utils.clip_grad_norm_(self._all(), 1.0)
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor]) -> None:
+        """Clip, update and average; `gradients` are in the order of `parameters`."""
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients))))
+        torch._foreach_mul_(list(gradients), torch.clamp(1 / (norm + 1e-6), max=1.0))
         rate = self._rate * self._factor()
+        self._muon.step(gradients[: len(self._matrices)], rate=5 * rate)
+        for parameter, gradient in zip(self._others, gradients[len(self._matrices) :], strict=True):
+            parameter.grad = gradient
         self._adam.param_groups[0]["lr"] = rate
         self._adam.step()
-        self._muon.step(5 * rate)
         self._step += 1
         keep = min(0.995, (1 + self._step) / (10 + self._step))
-        with torch.no_grad():
-            torch._foreach_lerp_(self._average, [p.detach() for p in self._all()], 1 - keep)
+        torch._foreach_lerp_(self._average, [p.detach() for p in self.parameters], 1 - keep)
 
     @torch.no_grad()
     def finish(self) -> None:
         """Put the averaged weights into the networks."""
-        for parameter, average in zip(self._all(), self._average, strict=True):
+        for parameter, average in zip(self.parameters, self._average, strict=True):
             parameter.copy_(average)
+            parameter.grad = None
 
     def _factor(self) -> float:
         warmup = min(1.0, (self._step + 1) / 30)
         return warmup * max(0.5 * (1 + math.cos(math.pi * self._step / self._steps)), 0.02)
-
-    def _all(self) -> list[nn.Parameter]:
-        return [*self._matrices, *self._others]

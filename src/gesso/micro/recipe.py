@@ -1,6 +1,6 @@
 """How the demo's base model is made: a VAE, two text encoders and a denoiser, trained on the painted world.
 
-Everything is drawn, trained and kept on this machine, from one seed; about two minutes on two CPU cores.
+Everything is drawn, trained and kept on this machine, from one seed; about three minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 from PIL import Image
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ from gesso.core.events import Progress
 from gesso.core.noise import DDPM
 from gesso.core.seams import Emit
 from gesso.micro import models, words, world
+from gesso.micro.halves import Halves, two_threads
 from gesso.micro.models import Networks, Size
 from gesso.micro.muon import Optimizer
 
@@ -66,7 +69,7 @@ class Recipe:
     def fingerprint(self) -> str:
         """Changes with any setting above, and with the code that paints and trains."""
         digest = hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode())
-        for module in ("models.py", "muon.py", "recipe.py", "words.py", "world.py"):
+        for module in ("halves.py", "models.py", "muon.py", "recipe.py", "words.py", "world.py"):
             digest.update(Path(__file__).with_name(module).read_bytes())
         return digest.hexdigest()
 
@@ -93,11 +96,11 @@ def train(recipe: Recipe, *, emit: Emit) -> Networks:
     scenes = list(world.scenes(recipe.seed, recipe.pictures))
     pictures = pixels([world.paint(scene) for scene, _ in scenes])
     parts = models.networks(recipe.size, seed=recipe.seed)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), two_threads() as halves:
         torch.manual_seed(recipe.seed)
-        train_vae(parts, pictures, recipe, emit=emit)
-        latents = encode(parts, pictures)
-        train_denoiser(parts, latents, [caption for _, caption in scenes], recipe, emit=emit)
+        train_vae(parts, pictures, recipe, halves=halves, emit=emit)
+        latents = encode(parts, pictures, halves=halves)
+        train_denoiser(parts, latents, [caption for _, caption in scenes], recipe, halves=halves, emit=emit)
     return parts
 
 
@@ -106,11 +109,8 @@ def pixels(pictures: Sequence[Image.Image]) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2).contiguous()
 
 
-def train_vae(parts: Networks, pictures: Tensor, recipe: Recipe, *, emit: Emit) -> None:
-    """Fit the VAE: small crops first, which are cheap, then whole pictures, as group norms see them in use.
-
-    Loss: squared and absolute error and a weak KL term, so that latents are smooth enough to be denoised.
-    """
+def train_vae(parts: Networks, pictures: Tensor, recipe: Recipe, *, halves: Halves, emit: Emit) -> None:
+    """Fit the VAE: small crops first, which are cheap, then whole pictures, as group norms see them in use."""
     vae = parts.vae.train()
     _start_as_identity(vae)
     vae.to(memory_format=torch.channels_last)
@@ -123,27 +123,51 @@ def train_vae(parts: Networks, pictures: Tensor, recipe: Recipe, *, emit: Emit) 
         top, left = (0, 0) if last else (int(v) * 4 for v in torch.randint((whole - side) // 4 + 1, (2,)))
         crop = pictures[rows] if last else pictures[rows, :, top : top + side, left : left + side]
         target = _scaled(crop)
-        posterior = vae.encode(target).latent_dist
-        error = vae.decode(posterior.sample()).sample - target
-        divergence = (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-        optimizer.step(error.square().mean() + 0.5 * error.abs().mean() + 2e-4 * divergence)
+        cells = target.shape[-1] // models.vae_factor(recipe.size)
+        noise = torch.randn(len(rows), vae.config.latent_channels, cells, cells)
+        loss_of = partial(vae_loss, vae, target, noise)
+        optimizer.step(halves.gradients(loss_of, rows=len(rows), parameters=optimizer.parameters))
         _tell(emit, "training the VAE", step + 1, recipe.vae_steps)
     optimizer.finish()
     vae.eval().to(memory_format=torch.contiguous_format)
 
 
-@torch.no_grad()
-def encode(parts: Networks, pictures: Tensor) -> Tensor:
+def vae_loss(vae: AutoencoderKL, target: Tensor, noise: Tensor, rows: slice) -> Tensor:
+    """Squared and absolute error, and a weak KL term that keeps latents smooth enough to be denoised."""
+    posterior = vae.encode(target[rows]).latent_dist
+    error = vae.decode(posterior.mean + posterior.std * noise[rows]).sample - target[rows]
+    divergence = (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+    return error.square().mean() + 0.5 * error.abs().mean() + 2e-4 * divergence
+
+
+def encode(parts: Networks, pictures: Tensor, *, halves: Halves) -> Tensor:
     """Latents [N, 4, h, w] of unit deviation; the factor that makes them so becomes the VAE's `scaling_factor`."""
-    batches = [parts.vae.encode(_scaled(rows)).latent_dist.mean for rows in pictures.split(100)]
+
+    def mean(rows: Tensor) -> Tensor:
+        return parts.vae.encode(_scaled(rows)).latent_dist.mean
+
+    batches = [halves.mapped(mean, rows) for rows in pictures.split(100)]
     latents = torch.cat(batches)
     factor = round(1 / float(latents.std()), 5)
     parts.vae.register_to_config(scaling_factor=factor)
     return latents * factor
 
 
-def train_denoiser(parts: Networks, latents: Tensor, captions: Sequence[str], recipe: Recipe, *, emit: Emit) -> None:
-    """Fit denoiser and text encoders together: noise prediction, min-SNR 5, timesteps spread evenly over a batch."""
+@dataclass(frozen=True)
+class _Sample:
+    """One batch for the denoiser, with all its random numbers; `keep` is 0 where it is to be learnt without text."""
+
+    clean: Tensor
+    tokens: Tensor
+    t: Tensor
+    noise: Tensor
+    keep: Tensor
+
+
+def train_denoiser(
+    parts: Networks, latents: Tensor, captions: Sequence[str], recipe: Recipe, *, halves: Halves, emit: Emit
+) -> None:
+    """Fit denoiser and text encoders together, with timesteps spread evenly over each batch."""
     unet, encoders = parts.unet.train(), (parts.text_encoder, parts.text_encoder_2)
     _start_as_identity(unet)
     unet.to(memory_format=torch.channels_last)
@@ -153,27 +177,37 @@ def train_denoiser(parts: Networks, latents: Tensor, captions: Sequence[str], re
     matrices, others = _by_shape(unet, keep_out=(unet.conv_in.weight, unet.conv_out.weight))
     text = [p for encoder in encoders for p in encoder.parameters()]
     optimizer = Optimizer(matrices, [*others, *text], rate=recipe.rate, steps=recipe.steps)
-    noise = DDPM.from_config(models.SCHEDULER)
-    tokens = tokenize(captions)
-    side = recipe.size.resolution
-    sizes = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32).expand(recipe.batch, -1)
+    process, tokens, batch = DDPM.from_config(models.SCHEDULER), tokenize(captions), recipe.batch
     for step in range(recipe.steps):
-        rows = torch.randint(len(latents), (recipe.batch,))
-        embeddings, pooled = embed(parts, tokens[:, rows])
-        keep = (torch.rand(recipe.batch) >= recipe.unconditional).float()
-        t = noise.sample_t((torch.arange(recipe.batch) + torch.rand(1)) / recipe.batch)
-        clean, target = latents[rows], torch.randn(latents[rows].shape)
-        prediction = unet(
-            noise.corrupt(clean, target, t).contiguous(memory_format=torch.channels_last),
-            t,
-            encoder_hidden_states=embeddings * keep[:, None, None],
-            added_cond_kwargs={"text_embeds": pooled * keep[:, None], "time_ids": sizes},
-        ).sample
-        errors = (prediction - target).square().mean((1, 2, 3))
-        optimizer.step((errors * noise.weight(t, min_snr_gamma=5)).mean())
+        rows = torch.randint(len(latents), (batch,))
+        sample = _Sample(
+            clean=latents[rows],
+            tokens=tokens[:, rows],
+            t=process.sample_t((torch.arange(batch) + torch.rand(1)) / batch),
+            noise=torch.randn(latents[rows].shape),
+            keep=(torch.rand(batch) >= recipe.unconditional).float(),
+        )
+        loss_of = partial(denoiser_loss, parts, process, sample)
+        optimizer.step(halves.gradients(loss_of, rows=batch, parameters=optimizer.parameters))
         _tell(emit, "training the base model", step + 1, recipe.steps)
     optimizer.finish()
     unet.eval().to(memory_format=torch.contiguous_format)
+
+
+def denoiser_loss(parts: Networks, process: DDPM, sample: _Sample, rows: slice) -> Tensor:
+    """Squared error in the noise, min-SNR 5; text is zeros where it is left out, as for an empty negative prompt."""
+    clean, t, target, keep = sample.clean[rows], sample.t[rows], sample.noise[rows], sample.keep[rows]
+    embeddings, pooled = embed(parts, sample.tokens[:, rows])
+    side = parts.vae.config.sample_size
+    sizes = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32).expand(len(clean), -1)
+    prediction = parts.unet(
+        process.corrupt(clean, target, t).contiguous(memory_format=torch.channels_last),
+        t,
+        encoder_hidden_states=embeddings * keep[:, None, None],
+        added_cond_kwargs={"text_embeds": pooled * keep[:, None], "time_ids": sizes},
+    ).sample
+    errors = (prediction - target).square().mean((1, 2, 3))
+    return (errors * process.weight(t, min_snr_gamma=5)).mean()
 
 
 def embed(parts: Networks, tokens: Tensor) -> tuple[Tensor, Tensor]:

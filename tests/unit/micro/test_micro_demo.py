@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from gesso.config import files
@@ -117,15 +116,3 @@ def test_the_running_mean_is_over_the_last_values() -> None:
 
 def texts(folder: Path) -> list[str]:
     return [path.read_text().strip() for path in sorted(folder.glob("*.txt"))]
-
-
-def test_the_number_of_threads_is_put_back() -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        with pytest.raises(KeyboardInterrupt), demo._few_threads(2):
-            assert torch.get_num_threads() == 2
-            raise KeyboardInterrupt
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)

@@ -13,7 +13,8 @@ from torch import nn
 
 from gesso.core.events import Event, Progress
 from gesso.micro import recipe, world
-from gesso.micro.muon import Muon, Optimizer, orthogonal
+from gesso.micro.halves import two_threads
+from gesso.micro.muon import Optimizer, orthogonal
 from gesso.micro.recipe import BASE, Recipe, base_model
 
 SMALL = Recipe(
@@ -119,14 +120,6 @@ def test_orthogonal_updates_have_even_singular_values(shape: tuple[int, int]) ->
     assert torch.linalg.eigvals(same_spaces).real.min() > -1e-3
 
 
-def test_muon_leaves_what_has_no_gradient() -> None:
-    used, unused = nn.Parameter(torch.eye(3)), nn.Parameter(torch.eye(3))
-    used.grad = torch.ones(3, 3)
-    Muon([used, unused]).step(0.1)
-    assert torch.equal(unused, torch.eye(3))
-    assert not torch.equal(used, torch.eye(3))
-
-
 def test_the_optimizer_fits_and_averages() -> None:
     generator = torch.Generator().manual_seed(0)
     goal, inputs = torch.randn(4, 6, generator=generator), torch.randn(64, 6, generator=generator)
@@ -136,9 +129,47 @@ def test_the_optimizer_fits_and_averages() -> None:
     for _ in range(200):
         loss = (inputs @ (weight - goal).T + bias).square().mean()
         losses.append(loss.item())
-        optimizer.step(loss)
+        optimizer.step(torch.autograd.grad(loss, optimizer.parameters))
     last = weight.detach().clone()
     optimizer.finish()
     assert losses[-1] < 0.01 * losses[0]
     assert not torch.equal(weight, last)
     torch.testing.assert_close(weight, goal, atol=0.1, rtol=0)
+
+
+def test_halves_give_the_gradients_of_the_whole_batch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(7, 5, generator=generator)
+    used, unused = nn.Parameter(torch.randn(5, generator=generator)), nn.Parameter(torch.ones(2))
+
+    def loss_of(rows: slice) -> torch.Tensor:
+        return (inputs[rows] @ used).square().mean()
+
+    with two_threads() as halves:
+        found = halves.gradients(loss_of, rows=7, parameters=[used, unused])
+        mapped = halves.mapped(lambda rows: rows * 2, inputs)
+    torch.testing.assert_close(found[0], torch.autograd.grad(loss_of(slice(0, 7)), used)[0])
+    assert torch.equal(found[1], torch.zeros(2))
+    assert torch.equal(mapped, inputs * 2)
+
+
+def test_an_error_in_a_half_comes_out_and_the_threads_are_put_back() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(ZeroDivisionError), two_threads() as halves:
+            assert torch.get_num_threads() == 1
+            halves.mapped(lambda rows: rows / (1 // 0), torch.ones(4))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_number_of_cores_does_not_change_the_weights(built: tuple[Path, list[Event]], tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3 if before == 1 else 1)
+    try:
+        again = base_model(tmp_path / "base", emit=lambda event: None, recipe=SMALL)
+    finally:
+        torch.set_num_threads(before)
+    assert weights(again) == weights(built[0])
