@@ -20,14 +20,14 @@ from gesso.micro import world
 from gesso.micro.halves import one_thread_per_operation
 from gesso.micro.recipe import Recipe, base_model
 
-TRAINED_ON = ("red", "green", "blue", "black", "steppe", "desert", "night")
-"""Backgrounds of the training pictures; Aldar in the snow is for the model to imagine."""
-HELD_OUT = ("purple", "snow")
+TRAINED_ON = ("red", "green", "blue", "black", "steppe", "desert", "snow")
+"""Backgrounds of the training pictures; Aldar at night is for the model to imagine."""
+HELD_OUT = ("purple", "night")
 """Backgrounds of the two validation pictures."""
 PROMPTS = (
     f"a photo of {world.HERO}",
     f"a photo of {world.HERO} on a red background",
-    f"a photo of {world.HERO} in the snow",
+    f"a photo of {world.HERO} at night",
     "a woman in a patterned purple robe and a yellow crown on a white background",
     "a yellow star on a blue background",
 )

@@ -83,7 +83,7 @@ def test_the_pictures_are_of_aldar_and_no_validation_picture_is_trained_on(
     assert [len(captions[name]) for name in captions] == [12, 2, 24]
     assert all(text.startswith("a photo of sks aldar") for text in captions["pictures"] + captions["validation"])
     assert not any("aldar" in text for text in captions["others"])
-    assert not any("snow" in text or "purple" in text for text in captions["pictures"])
+    assert not any("night" in text or "purple" in text for text in captions["pictures"])
     images = [path.read_bytes() for path in sorted(folder.glob("*/??.png"))]
     assert len(set(images)) == len(images) == 38
 
