@@ -15,7 +15,7 @@ from gesso.errors import ResourceError, UserError
 
 def cache_root() -> Path:
     """Where caches live: $GESSO_CACHE, else ~/.cache/gesso."""
-    return Path(os.environ.get("GESSO_CACHE") or Path.home() / ".cache" / "gesso")
+    return Path(os.environ.get("GESSO_CACHE") or "~/.cache/gesso").expanduser()
 
 
 def locate(name: str, *, revision: str | None = None, patterns: Sequence[str] = (), key: str = "model.base") -> Path:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gesso.config.run import Data
+from gesso.core import resolve
 from gesso.data.images import background_colour, content_hash, decode_bytes, read
 from gesso.data.sources import Found, Record, collect, some
 from gesso.data.threads import ahead
@@ -75,9 +76,7 @@ class _Scan:
 
 def cache_folder(data: Data) -> Path:
     """Where encodings and scans are kept: `data.cache`, else $GESSO_CACHE, else ~/.cache/gesso."""
-    if data.cache is not None:
-        return data.cache.expanduser()
-    return Path(os.environ.get("GESSO_CACHE") or "~/.cache/gesso").expanduser()
+    return data.cache.expanduser() if data.cache is not None else resolve.cache_root()
 
 
 def build(data: Data, *, progress: Callable[[int, int], None] | None = None) -> Index:

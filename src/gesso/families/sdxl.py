@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -102,7 +101,7 @@ class SDXL(Spec):
 
         parts = Parts()
         _ = self._index  # a broken one shows now, and not when the trained model is exported
-        with _without_bars():
+        with model_folder.without_bars():
             if "denoiser" in names:
                 parts.denoiser = self._network("unet", dtype)
             if "vae" in names:
@@ -349,20 +348,6 @@ class SDXL(Spec):
         if place.is_file():
             return single_file.read(place, part, config=self._config_root, dtype=dtype)
         return model_folder.read(place, part, variant=self._variant(part), dtype=dtype)
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Without transformers' bar per network, which would tear ours apart."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _scheduler(config: dict[str, Any]) -> Any:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,8 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-from transformers.utils import logging
 
+from gesso.families import model_folder
 from gesso.micro import words
 
 
@@ -91,7 +89,7 @@ def networks(size: Size, *, seed: int) -> Networks:
 def save(folder: Path, parts: Networks) -> Path:
     """Write networks, tokenizers and scheduler as the folder that `StableDiffusionXLPipeline.from_pretrained` reads."""
     folder.mkdir(parents=True, exist_ok=True)
-    with _without_bars():
+    with model_folder.without_bars():
         parts.unet.save_pretrained(folder / "unet")
         parts.vae.save_pretrained(folder / "vae")
         parts.text_encoder.save_pretrained(folder / "text_encoder")
@@ -113,18 +111,6 @@ def save(folder: Path, parts: Networks) -> Path:
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     return folder
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Without transformers' bar per network, which would tear ours apart."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _unet(size: Size) -> UNet2DConditionModel:
