@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -197,9 +198,12 @@ def _learn(
         if session.learner.step == 0:
             validate(0)
             show(0)
+        session.policy.train()
         loop.fit(
-            run,
-            policy=session.policy,
+            run.training,
+            name=run.name,
+            seed=run.seed,
+            loss=partial(run.objective.loss, session.policy),
             learner=session.learner,
             stream=data.stream,
             runtime=runtime,

@@ -1,6 +1,7 @@
 """Each part that is frozen or has a learning rate of 0 moves by exactly 0; every other part moves."""
 
-from __future__ import annotations
+from __future__ from functools import partial
+import annotations
 
 from typing import Any
 
@@ -64,9 +65,12 @@ def test_the_base_model_never_moves(make_run: MakeRun) -> None:
     session = Session.build(run, data.parts, runtime)
     networks = session.policy.networks
     before = [{k: v.clone() for k, v in n.state_dict().items() if "lora" not in k} for n in networks]
+    session.policy.train()
     loop.fit(
-        run,
-        policy=session.policy,
+        run.training,
+        name=run.name,
+        seed=run.seed,
+        loss=partial(run.objective.loss, session.policy),
         learner=session.learner,
         stream=data.stream,
         runtime=runtime,

@@ -14,18 +14,20 @@ from dataclasses import dataclass
 
 import torch
 
-from gesso.config.run import RunConfig
+from gesso.config.run import Training
 from gesso.core.batch import Batch
 from gesso.core.events import StepDone, Warned
 from gesso.core.runtime import Runtime
-from gesso.core.seams import Emit, Objective, Stream
+from gesso.core.seams import Emit, Stream
 from gesso.errors import NumericError
 from gesso.training import optim
 from gesso.training.ema import Average
 from gesso.training.optim import FlatGroup
-from gesso.training.policy import LivePolicy
 
 _MAX_OVERFLOWS = 20
+
+Loss = Callable[[Batch], torch.Tensor]
+"""The loss of each sample of a batch, [B]: an objective joined to what it trains."""
 
 
 @dataclass
@@ -64,9 +66,11 @@ class _Gradient:
 
 
 def fit(
-    run: RunConfig,
+    training: Training,
     *,
-    policy: LivePolicy,
+    name: str,
+    seed: int,
+    loss: Loss,
     learner: Learner,
     stream: Stream,
     runtime: Runtime,
@@ -76,16 +80,15 @@ def fit(
 ) -> None:
     """Train from `learner.step` to the end of the run, or until `stopping()` says so between two steps.
 
-    Raises `NumericError` before an update whose loss or gradient is not finite.
+    Raises `NumericError` (which names the run) before an update whose loss or gradient is not finite.
     """
-    total = run.training.total_steps(stream.steps_per_epoch)
-    policy.train()
+    total = training.total_steps(stream.steps_per_epoch)
     while learner.step < total and not stopping():
         started, step = time.monotonic(), learner.step
-        gradient = _finite_gradient(run, step, policy, learner, stream, runtime, emit)
-        if run.training.clip is not None:
-            optim.clip(learner.groups, gradient.norm, run.training.clip)
-        factor = run.training.schedule.factor(step, total)
+        gradient = _finite_gradient(name, seed, step, loss, learner, stream, runtime, emit)
+        if training.clip is not None:
+            optim.clip(learner.groups, gradient.norm, training.clip)
+        factor = training.schedule.factor(step, total)
         optim.set_rates(learner.optimizer, learner.groups, factor)
         learner.scaler.step(learner.optimizer)
         learner.scaler.update()
@@ -111,9 +114,10 @@ def fit(
 
 
 def _finite_gradient(
-    run: RunConfig,
+    name: str,
+    seed: int,
     step: int,
-    policy: LivePolicy,
+    loss: Loss,
     learner: Learner,
     stream: Stream,
     runtime: Runtime,
@@ -121,7 +125,7 @@ def _finite_gradient(
 ) -> _Gradient:
     """The step's gradient, unscaled. In fp16 an overflow lowers the scale and repeats the same step, draws included."""
     for _ in range(_MAX_OVERFLOWS):
-        gradient = _accumulate(run.objective, run.seed, step, policy, learner, stream, runtime)
+        gradient = _accumulate(seed, step, loss, learner, stream, runtime)
         finite_loss = math.isfinite(gradient.loss)
         if finite_loss and math.isfinite(gradient.norm):
             return gradient
@@ -133,17 +137,16 @@ def _finite_gradient(
     raise NumericError(
         f"the {kind} of step {step + 1} is not finite (loss {gradient.loss}, gradient norm {gradient.norm}); "
         f"images of the step: {', '.join(gradient.files)}",
-        where=run.name,
+        where=name,
         fix="look at these images and captions; lower training.learning_rate, or use bf16 or fp32. "
         "The weights were not changed by this step: --resume latest goes on from the last checkpoint",
     )
 
 
 def _accumulate(
-    objective: Objective,
     seed: int,
     step: int,
-    policy: LivePolicy,
+    loss: Loss,
     learner: Learner,
     stream: Stream,
     runtime: Runtime,
@@ -159,9 +162,9 @@ def _accumulate(
         data_seconds += waited
         files += batch.files
         runtime.seed_model(seed, step, micro)
-        loss = objective.loss(policy, batch.to(runtime.device)).sum() / samples
-        learner.scaler.scale(loss).backward()
-        total += loss.detach()
+        share = loss(batch.to(runtime.device)).sum() / samples
+        learner.scaler.scale(share).backward()
+        total += share.detach()
     learner.scaler.unscale_(learner.optimizer)
     norm = optim.gradient_norm(learner.groups)
     # One transfer for both numbers: each costs a wait for the device.
