@@ -1,8 +1,8 @@
 """Each part that is frozen or has a learning rate of 0 moves by exactly 0; every other part moves."""
 
-from __future__ from functools import partial
-import annotations
+from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
