@@ -4,13 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint docs install clean
+.PHONY: demo test quality lint docs install clean
 
 demo: install
 	$(BIN)/gesso demo
 
 test: install
 	$(BIN)/python -m pytest
+
+quality: install
+	$(BIN)/python benchmarks/quality/lessons.py
 
 lint: install
 	$(BIN)/ruff check .

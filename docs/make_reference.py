@@ -130,7 +130,9 @@ def _default(info: FieldInfo) -> str:
     if info.is_required():
         return "**needed**"
     if schema.models_in(info.annotation):
-        held = [f"`{_tag(type(one))}`" for one in info.default] if _is_list(info) else []
+        several = len(schema.models_in(info.annotation)) > 1
+        default = info.default if _is_list(info) else [info.default] if several else []
+        held = [f"`{_tag(type(one))}`" for one in default]
         return ", ".join(held)
     if info.default is None or info.default == () or info.default == "":
         return "*empty*"

@@ -63,5 +63,6 @@ def checkpoint_bytes(folder: Path, step: int) -> dict[str, tuple[Settings, bytes
         content = path.read_bytes()
         start = 8 + int.from_bytes(content[:8], "little")
         files[str(path.relative_to(found))] = (json.loads(content[8:start]), content[start:])
-    assert {"pytorch_lora_weights.safetensors", "state/optimizer.safetensors"} <= files.keys()
+    assert "state/optimizer.safetensors" in files
+    assert {"pytorch_lora_weights.safetensors", "unet/diffusion_pytorch_model.safetensors"} & files.keys()
     return files

@@ -12,15 +12,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from gesso.adapters import Full
 from gesso.config import files
 from gesso.config.run import RunConfig
 from gesso.core import checkpoints
 from gesso.core.batch import Batch
+from gesso.core.checkpoints import AVERAGE
 from gesso.core.events import Event, Finished, Progress, RunStarted, Saved, Validated, Warned
-from gesso.core.folder import RunFolder, write_atomic, write_json
+from gesso.core.folder import WEIGHTS, RunFolder, write_atomic, write_json
 from gesso.core.provenance import provenance
 from gesso.core.runtime import Precision, Runtime, out_of_memory_explained
-from gesso.core.seams import Attached, Emit, Parts
+from gesso.core.seams import Emit, Parts
 from gesso.core.signals import stop_requests
 from gesso.data import index as dataset
 from gesso.data.buckets import Plan
@@ -31,7 +33,7 @@ from gesso.evaluation import preview
 from gesso.evaluation import sample as sampling
 from gesso.evaluation.preview import Previewer
 from gesso.evaluation.sample import Shot
-from gesso.export import hub, lora
+from gesso.export import hub, lora, pipeline
 from gesso.export.lora import About, Format
 from gesso.trackers import RunLog
 from gesso.training import checkpoint, loop, validation
@@ -79,12 +81,13 @@ def train(run: RunConfig, *, resume: str | None = None, accept: Collection[str] 
                     where=str(folder.path),
                     fix=f"go on with: gesso train {folder.config} --resume latest",
                 )
-            with session.as_sampled():
-                trained = _Trained.of(run, session.parts, session.adapter)
+            trained, step = _trained(run, session, last), session.learner.step
             session.release()
-            file = trained.write(folder.path / f"{run.name}.safetensors", format="kohya", runtime=runtime)
-            outputs = {"run folder": str(folder.path), "checkpoint": str(last), "LoRA": str(file)}
-            tell(Finished(session.learner.step, time.monotonic() - began, runtime.peak_memory(), outputs))
+            del session  # the check of what is written needs its memory
+            runtime.release()
+            outputs = {"run folder": folder.path, "checkpoint": last, **trained.finish(folder.path, runtime=runtime)}
+            files_by_kind = {kind: str(path) for kind, path in outputs.items()}
+            tell(Finished(step, time.monotonic() - began, runtime.peak_memory(), files_by_kind))
     return folder.path
 
 
@@ -217,6 +220,15 @@ def _learn(
     return last
 
 
+def _trained(run: RunConfig, session: Session, last: Path) -> lora.Trained | pipeline.Trained:
+    """The result of a run, as pictures show it."""
+    with session.as_sampled():
+        if isinstance(run.adapter, Full):
+            _, weights = sampling.trained(str(last))
+            return pipeline.Trained.of(run, session.parts, weights)
+        return lora.Trained.of(run, session.parts, session.adapter)
+
+
 def _draw_previews(session: Session, previewer: Previewer, runtime: Runtime, step: int, tell: Emit) -> None:
     """Draw with the model as it is, then put everything back; a picture that fails does not stop the run."""
     parts = session.parts
@@ -256,17 +268,17 @@ def sample(
     `target` is a run, a checkpoint or a model; picture i of all uses seed + i.
     """
     runtime = Runtime.for_inference(precision, device)
-    pipeline, label = sampling.open_pipeline(target, loras=loras, runtime=runtime)
-    side = pipeline.default_sample_size * pipeline.vae_scale_factor
+    pipe, label = sampling.open_pipeline(target, loras=loras, runtime=runtime)
+    side = pipe.default_sample_size * pipe.vae_scale_factor
     shots = [
         Shot(prompt, negative, seed + i, steps, guidance, width or side, height or side)
         for i, prompt in enumerate(prompt for prompt in prompts for _ in range(count))
     ]
     several = len(shots) > 1
     files = [output.with_stem(f"{output.stem}-{i:02d}") if several else output for i in range(len(shots))]
-    pictures = sampling.draw(pipeline, shots)
+    pictures = sampling.draw(pipe, shots)
     for file, shot, picture in zip(files, shots, pictures, strict=True):
-        sampling.save_png(picture, file, sampling.settings(shot, pipeline=pipeline, model=label))
+        sampling.save_png(picture, file, sampling.settings(shot, pipeline=pipe, model=label))
     if several:
         sheet = sampling.grid(pictures, columns=count if count > 1 else 4, labels=[shot.prompt for shot in shots])
         sampling.save_png(sheet, output, {"prompts": list(prompts), "seed": seed, "model": label})
@@ -284,54 +296,47 @@ def export(
     hub_repo: str | None = None,
     device: str | None = None,
 ) -> Path:
-    """Write the trained weights of a run or checkpoint as one LoRA file, proven by loading it into a fresh base.
+    """Write what a run or checkpoint holds: a LoRA as one file, a fully trained model as a whole diffusers folder.
 
-    `use_ema` empty takes what the run samples with. With `hub_repo` the file is pushed with a model card.
+    Either is proven by loading it as its readers do. `use_ema` empty takes what the run samples with. With `hub_repo`
+    a LoRA file is pushed with a model card.
     """
     run, weights = sampling.trained(target, use_ema=use_ema)
     runtime = Runtime.for_inference(run.training.precision, device or run.training.device)
+    checkpoint_folder = weights.parent if weights.name == AVERAGE else weights
+    name = f"{run.name}-{checkpoint_folder.name}"
+    if isinstance(run.adapter, Full):
+        _refuse_lora_options(format, hub_repo)
+        path = output or checkpoint_folder.parent / name
+        pipeline.Trained.load(run, weights, runtime=runtime).write(path, precision=precision, runtime=runtime)
+        return path
     parts = run.model.load({"denoiser", "text"}, dtype=runtime.dtype, device=runtime.device)
     rates = text_encoder_rates(run)
     adapter = run.adapter.attach(parts, run.model, seed=run.seed, text_encoders=tuple(rates))
-    adapter.restore(load_file(weights))
-    trained = _Trained.of(run, parts, adapter)
+    adapter.restore(load_file(weights / WEIGHTS))
+    trained = lora.Trained.of(run, parts, adapter)
     del parts, adapter  # a second copy of the base model is loaded next
     runtime.release()
-    checkpoint_folder = weights.parent if weights.parent.name.startswith("checkpoint") else weights.parent.parent
-    path = output or checkpoint_folder.parent / f"{run.name}-{checkpoint_folder.name}-{format}.safetensors"
+    path = output or checkpoint_folder.parent / f"{name}-{format}.safetensors"
     trained.write(path, format=format, runtime=runtime, precision=precision)
     if hub_repo is not None:
         hub.publish(path, run, about=About.of(run), repo=hub_repo)
     return path
 
 
-@dataclass(frozen=True)
-class _Trained:
-    """A trained adapter away from its networks: its tensors, and how the model answered with it in place."""
-
-    run: RunConfig
-    state: Mapping[str, torch.Tensor]
-    header: Mapping[str, str]
-    expected: lora.Probe
-
-    @classmethod
-    def of(cls, run: RunConfig, parts: Parts, adapter: Attached) -> _Trained:
-        state = {name: tensor.to("cpu", copy=True) for name, tensor in adapter.state().items()}
-        return cls(run, state, adapter.metadata(), lora.probe(run.model, parts))
-
-    def write(self, path: Path, *, format: Format, runtime: Runtime, precision: Precision = "fp16") -> Path:
-        lora.export(
-            path,
-            self.state,
-            self.header,
-            format=format,
-            precision=precision,
-            about=About.of(self.run),
-            family=self.run.model,
-            expected=self.expected,
-            runtime=runtime,
+def _refuse_lora_options(format: Format, hub_repo: str | None) -> None:
+    if format != "diffusers":
+        raise UserError(
+            f"{format} is a format of LoRA files, and this run trained the whole model",
+            where="--format",
+            fix="leave it out: a diffusers folder is written",
         )
-        return path
+    if hub_repo is not None:
+        raise UserError(
+            "only LoRA files are pushed with a card so far",
+            where="--push-to-hub",
+            fix=f"export the folder, then: hf upload {hub_repo} FOLDER",
+        )
 
 
 # Where a run starts, and what it leaves behind.

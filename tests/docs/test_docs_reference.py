@@ -34,6 +34,11 @@ def test_every_key_has_a_row_with_a_meaning(generator: dict[str, Any]) -> None:
 def test_links_inside_the_page_lead_somewhere(generator: dict[str, Any]) -> None:
     page = generator["text"]()
     for name, info in RunConfig.model_fields.items():
-        if schema.models_in(info.annotation) and name != "trackers":
+        kinds = schema.models_in(info.annotation)
+        if len(kinds) == 1:
             assert f"](#{name})" in page
             assert f"\n### `{name}`\n" in page
+        for kind in kinds if len(kinds) > 1 and name != "trackers" else ():
+            tag = kind.model_fields["type"].default
+            assert f"](#{name}-with-type-{tag})" in page
+            assert f"\n### `{name}` with `type: {tag}`\n" in page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,18 @@ def held_out(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> dict[s
     return {"validation": {"path": str(pictures)}}
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+FULL = {"type": "full", "train_text_encoders": True}
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {"adapter": {"rank": 4, "alpha": 6}},
+    "lora with dropout": {"adapter": {"rank": 4, "alpha": 6, "dropout": 0.3}},
+    "full": {"adapter": FULL, "training__optimizer": {"type": "muon"}},
+}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("setting", WITHOUT_EFFECT)
-def test_settings_without_effect_leave_the_weights_alone(make_run: MakeRun, setting: str, dropout: float) -> None:
-    common: dict[str, Any] = {"adapter__dropout": dropout, "data__validation": {"fraction": 0.2}}
+def test_settings_without_effect_leave_the_weights_alone(make_run: MakeRun, setting: str, adapter: str) -> None:
+    common: dict[str, Any] = {**ADAPTERS[adapter], "data__validation": {"fraction": 0.2}}
     plain = stages.train(make_run("plain", **common))
     other = stages.train(make_run("other", **common, **WITHOUT_EFFECT[setting]))
     assert checkpoint_bytes(plain, 8) == checkpoint_bytes(other, 8)
@@ -55,10 +64,11 @@ def first_gradient(run: Any, step: int = 0) -> tuple[dict[str, torch.Tensor], li
     data = stages.prepare(run, folder, runtime, lambda event: None)
     session = Session.build(run, data.parts, runtime)
     with torch.no_grad():  # B = 0 would leave A without a gradient
-        for group in session.learner.groups:
+        for group in session.learner.groups if run.adapter.type == "lora" else []:
             group.flat.copy_(torch.randn(group.flat.shape, generator=torch.Generator().manual_seed(1)) * 0.05)
     session.policy.train()
-    loop._accumulate(run.objective, run.seed, step, session.policy, session.learner, data.stream, runtime)
+    loss = partial(run.objective.loss, session.policy)
+    loop._accumulate(run.seed, step, loss, session.learner, data.stream, runtime)
     gradients = {n: g.clone() for group in session.learner.groups for n, g in group.views(group.gradient).items()}
     return gradients, list(data.stream.window(step))
 
@@ -69,8 +79,9 @@ def relative_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) 
 
 
 @pytest.mark.parametrize("text_encoders", [False, True])
+@pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("step", [0, 2])
-def test_splits_of_a_step_give_one_gradient(make_run: MakeRun, text_encoders: bool, step: int) -> None:
+def test_splits_of_a_step_give_one_gradient(make_run: MakeRun, text_encoders: bool, kind: str, step: int) -> None:
     """1 x 4, 2 x 2 and 4 x 1: the same samples and draws. Step 2 is the epoch's last and short: 1 sample of 9."""
     gradients, ids = {}, {}
     for batch_size, accumulation in [(1, 4), (2, 2), (4, 1)]:
@@ -78,7 +89,7 @@ def test_splits_of_a_step_give_one_gradient(make_run: MakeRun, text_encoders: bo
             f"split-{batch_size}",
             training__batch_size=batch_size,
             training__accumulation=accumulation,
-            adapter__train_text_encoders=text_encoders,
+            adapter={"type": kind, "train_text_encoders": text_encoders},
         )
         gradients[batch_size], batches = first_gradient(run, step)
         ids[batch_size] = sorted((key.id, key.repeat) for batch in batches for key in batch.draws.samples)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,6 +50,46 @@ def test_trained_parts(make_run: MakeRun, on: bool, rates: Any, parts: set[str],
     moved = trained(stages.train(run))
     assert set(moved) == parts
     assert all(value > 0 for value in moved.values())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    ("rate", "on", "rates", "parts"),
+    [
+        (1e-3, False, None, {"unet"}),
+        (1e-3, True, None, {"unet", "text_encoder", "text_encoder_2"}),
+        (1e-3, True, [1e-3, 0], {"unet", "text_encoder"}),
+        (0.0, True, [0, 1e-3], {"text_encoder_2"}),
+    ],
+)
+def test_parts_of_a_full_fine_tune(
+    make_run: MakeRun, tiny_base: Path, optimizer: str, rate: float, on: bool, rates: Any, parts: set[str]
+) -> None:
+    run = make_run(
+        "run",
+        adapter={"type": "full", "train_text_encoders": on},
+        training__learning_rate=rate,
+        training__text_encoder_learning_rates=rates,
+        training__optimizer={"type": optimizer},
+        training__batch_size=1,
+        training__steps=2,
+    )
+    folder = stages.train(run)
+    saved = {path.parent.name: load_file(path) for path in (folder / "checkpoint-2").glob("*/*model.safetensors")}
+    assert saved.keys() == parts | {"unet"}
+    for part, tensors in saved.items():
+        (file,) = (tiny_base / part).glob("*.safetensors")
+        before = load_file(file)
+        plain = {name if name in before else name.removeprefix("text_model."): t for name, t in tensors.items()}
+        assert plain.keys() == before.keys()
+        still = [name for name, tensor in plain.items() if torch.equal(tensor, before[name])]
+        if part not in parts:
+            assert len(still) == len(plain)
+        elif part == "unet":
+            assert not still
+        else:
+            # What no gradient reaches (the last layer of the first encoder) moves only by weight decay.
+            assert not any("token_embedding" in name or "layers.0" in name for name in still if "bias" not in name)
 
 
 def test_the_base_model_never_moves(make_run: MakeRun) -> None:

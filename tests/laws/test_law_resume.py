@@ -18,12 +18,15 @@ from gesso.core.events import Event, StepDone
 from gesso.errors import Interrupted, UserError
 from run_helpers import MakeRun, checkpoint_bytes, settings
 
+FULL = {"type": "full", "train_text_encoders": True}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "dropout": {"adapter__dropout": 0.3},
     "text encoders": {"adapter__train_text_encoders": True, "training__text_encoder_learning_rates": [5e-4, 1e-4]},
     "bf16": {"training__precision": "bf16"},
     "checkpointing": {"training__gradient_checkpointing": True, "objective__min_snr_gamma": 5},
+    "full": {"adapter": FULL, "training__text_encoder_learning_rates": [5e-4, 1e-4]},
+    "full, muon": {"adapter": FULL, "training__optimizer": {"type": "muon"}},
     "losses": {
         "objective__noise_offset": 0.1,
         "objective__input_perturbation": 0.1,
@@ -54,6 +57,7 @@ def test_resumed_equals_uninterrupted(make_run: MakeRun, variant: str) -> None:
         with pytest.raises(Stop):
             stages.train(broken, resume="latest", emit=stop_after(step))
     resumed = stages.train(broken, resume="latest")
+    assert checkpoint_bytes(resumed, 8).keys() == checkpoint_bytes(whole, 8).keys()
     assert checkpoint_bytes(resumed, 8) == checkpoint_bytes(whole, 8)
     assert checkpoint_bytes(resumed, 8) != checkpoint_bytes(whole, 6)
 
@@ -80,16 +84,20 @@ def test_steps_after_a_resume_show_the_same_losses_and_rates(make_run: MakeRun) 
     assert metrics["loss"] == [seen["whole"][step][0] for step in metrics["step"]]
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(make_run: MakeRun) -> None:
-    run = make_run("run")
+@pytest.mark.parametrize(
+    ("adapter", "file"),
+    [({"rank": 4}, "pytorch_lora_weights.safetensors"), (FULL, "text_encoder_2/model.safetensors")],
+)
+def test_a_damaged_newest_checkpoint_is_passed_over(make_run: MakeRun, adapter: Any, file: str) -> None:
+    run = make_run("run", adapter=adapter)
     whole = checkpoint_bytes(stages.train(run), 8)
-    weights = run.folder / "checkpoint-8" / "pytorch_lora_weights.safetensors"
+    weights = run.folder / "checkpoint-8" / file
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     told: list[str] = []
     stages.train(run, resume="latest", emit=lambda event: told.append(str(event)))
-    assert any("checkpoint-8 is damaged" in text and "pytorch_lora_weights" in text for text in told)
+    assert any("checkpoint-8 is damaged" in text and file in text for text in told)
     assert checkpoint_bytes(run.folder, 8) == whole
 
 
@@ -161,6 +169,24 @@ def long_settings(tiny_base: Path, pictures: Path, tmp_path: Path) -> dict[str, 
     """Saves after every second step with many writes, so that kills fall into saves too; its own cache folder."""
     overrides = {"training__steps": 40, "checkpoint__every": 2, "checkpoint__keep_last": 2}
     return settings("killed", tiny_base, pictures, tmp_path / "cache", tmp_path, overrides)
+
+
+def test_kills_change_nothing_in_full_training(long_settings: dict[str, Any], tmp_path: Path) -> None:
+    """kill -9 in training and saving of all weights under Muon, each time after some progress."""
+    long_settings["adapter"] = FULL
+    long_settings["training"] |= {"steps": 12, "optimizer": {"type": "muon"}}
+    assert start(dict(long_settings, name="whole", output=str(tmp_path / "whole"))).wait() == 0
+    killed = Path(long_settings["output"])
+    for step, delay in [(2, 0.0), (4, 0.02), (6, 0.05)]:
+        process = start(long_settings)
+        while not any(killed.glob(f".partial-checkpoint-{step}-*")) and not (killed / f"checkpoint-{step}").exists():
+            assert process.poll() is None
+            time.sleep(0.001)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert start(long_settings).wait() == 0
+    assert checkpoint_bytes(killed, 12) == checkpoint_bytes(tmp_path / "whole", 12)
 
 
 def test_twenty_kills_change_nothing(long_settings: dict[str, Any], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from gesso import __version__
-from gesso.cli import pictures, runs, system
+from gesso.cli import micro, pictures, runs, system
 from gesso.errors import Interrupted
 
 
@@ -31,6 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 config = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into run files.")
+small = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The small models in the package.")
 
 
 def _version(wanted: bool) -> None:
@@ -61,4 +62,7 @@ app.command()(system.demo)
 app.command()(system.doctor)
 config.command("show")(runs.show_config)
 config.command("presets")(runs.list_presets)
+small.command("build")(micro.build)
+small.command("score")(micro.score)
 app.add_typer(config, name="config")
+app.add_typer(small, name="micro")

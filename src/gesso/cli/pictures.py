@@ -58,8 +58,12 @@ def sample(
 
 def export(
     target: Annotated[str, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="What to export.", show_default=False)],
-    file_format: Annotated[str, typer.Option("--format", help="diffusers, or kohya for other programs.")] = "diffusers",
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="The file to write.")] = None,
+    file_format: Annotated[
+        str, typer.Option("--format", help="Of a LoRA: diffusers, or kohya for other programs.")
+    ] = "diffusers",
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The file, or of a full fine-tune the folder.")
+    ] = None,
     ema: Annotated[
         bool | None, typer.Option("--ema/--no-ema", help="Averaged weights or not. Empty: as the run says.")
     ] = None,
@@ -67,9 +71,9 @@ def export(
     hub_repo: Annotated[
         str | None, typer.Option("--push-to-hub", metavar="NAME/REPO", help="Also push to this repository.")
     ] = None,
-    device: Annotated[str | None, typer.Option("--device", help="Where the file is verified.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="Where it is verified.")] = None,
 ) -> None:
-    """Write the trained weights as one verified file."""
+    """Write what was trained: a LoRA as one file, a full fine-tune as a diffusers folder. Either is verified."""
     _one_of("--format", file_format, ("diffusers", "kohya"))
     chosen = _precision(precision)
     from gesso import stages

@@ -93,6 +93,7 @@ def train(
     ] = [],  # noqa: B006 (typer copies it)
 ) -> None:
     """Train, or go on training."""
+    from gesso.adapters import Full
     from gesso.config import advice, machine
 
     loaded = _load_for_training(_one_file(run, config, resume), sets, output)
@@ -102,6 +103,9 @@ def train(
     if push and hub_repo is None:
         raise UserError("no hub repository is named", where="--push-to-hub", fix="add --hub-model-id NAME/REPOSITORY")
     show.report(report)
+    if hub_repo is not None and isinstance(loaded.run.adapter, Full):
+        what = "only LoRA files are pushed to the hub so far, and this run trains the whole model"
+        raise UserError(what, where=hub_repo, fix=f"train without it, then: hf upload {hub_repo} FOLDER")
     found = advice.check(loaded.run, machine.detect())
     found.require(loaded.origins)
     show.advice(found, loaded.origins)

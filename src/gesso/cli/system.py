@@ -14,20 +14,23 @@ from gesso.cli.failure import crash_log
 
 def demo(
     folder: Annotated[Path, typer.Option("--folder", help="Where to put everything.")] = Path("demo"),
-    show: Annotated[bool, typer.Option("--open", help="Open the picture when it is ready.")] = False,
+    show: Annotated[bool, typer.Option("--open", help="Open the report when it is ready.")] = False,
 ) -> None:
     """Teach a small model a new character, here and now.
 
-    Builds the model on this machine, trains, and draws before and after. No GPU, no download.
+    Twelve painted pictures, a few minutes on a CPU; then a report with pictures and figures from before and after.
+    No GPU, no download.
     """
     with crash_log(folder):
         from gesso.micro import demo as story
+        from gesso.micro import report
 
         with Console() as console:
-            picture = story.run(folder, emit=console.handle)
-    typer.echo(f"before and after: {picture}")
+            page = story.run(folder, emit=console.handle)
+        figures = json.loads((page.parent / report.FIGURES).read_text(encoding="utf-8"))
+    typer.echo("\n".join(["", *report.plain(figures), f"report: {page}"]))
     if show:
-        typer.launch(str(picture))
+        typer.launch(str(page))
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Answer as JSON.")] = False) -> None:

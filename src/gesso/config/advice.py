@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from gesso.adapters import FULL_IN_16_BITS, Full
 from gesso.config import schema
 from gesso.config.forecast import GIB, Forecast, Machine, forecast, full_size, images_in, metadata_of
 from gesso.config.run import RunConfig, Source
@@ -209,13 +211,28 @@ def _rates(run: RunConfig) -> Iterator[Finding]:
     elif rates is not None and len(rates) not in (1, encoders):
         yield _error(key, f"{len(rates)} rates for {encoders} text encoders", f"give 1 or {encoders}")
     own = rates if run.adapter.train_text_encoders and rates is not None else ()
+    full = isinstance(run.adapter, Full)
+    # A model of full size is not trained from random weights here, and what it knows is soon lost at higher rates.
+    tuned = full and full_size(run)
+    usual = "1e-5 is usual" if tuned else "1e-3 is usual from random weights" if full else "1e-4 is usual"
     if not training.learning_rate and not any(own):
-        yield _error("training.learning_rate", "every learning rate is 0, so nothing would be trained", "1e-4 is usual")
+        yield _error("training.learning_rate", "every learning rate is 0, so nothing would be trained", usual)
     for name, rate in [("training.learning_rate", training.learning_rate), *((key, rate) for rate in own)]:
-        if rate > 1e-2:
-            yield _warning(name, f"{rate:g} is very high for an adapter", "1e-4 is usual")
-        elif 0 < rate < 1e-7:
-            yield _warning(name, f"{rate:g} is so low that hardly anything will change", "1e-4 is usual")
+        if rate > (1e-4 if tuned else 1e-2):
+            what = "a full fine-tune" if full else "an adapter"
+            yield _warning(name, f"{rate:g} is very high for {what}", usual)
+        elif 0 < rate < (1e-8 if full else 1e-7):
+            yield _warning(name, f"{rate:g} is so low that hardly anything will change", usual)
+
+
+def _full(run: RunConfig) -> Iterator[Finding]:
+    if not isinstance(run.adapter, Full):
+        return
+    if run.training.precision != "fp32":
+        yield _error("training.precision", FULL_IN_16_BITS, "write fp32, or train a LoRA")
+    if run.name in ("logs", "samples") or run.name.startswith("checkpoint-"):
+        what = f"the trained model's folder in the run folder would be {run.name}, which has another use"
+        yield _error("name", what, "choose another name")
 
 
 def _packages(run: RunConfig) -> Iterator[Finding]:
@@ -227,6 +244,13 @@ def _packages(run: RunConfig) -> Iterator[Finding]:
     for key, (package, used, instead) in wanted.items():
         if used and importlib.util.find_spec(package) is None:
             yield _error(key, f"{package} is not installed", f"pip install {package}, or write {instead}")
+    torch = importlib.metadata.version("torch")
+    if training.optimizer.type == "muon" and tuple(map(int, torch.split(".")[:2])) < (2, 9):
+        yield _error(
+            "training.optimizer.type",
+            f"muon needs torch 2.9 or newer; this is {torch}",
+            "pip install -U torch, or write adamw",
+        )
     for i, tracker in enumerate(run.trackers):
         if tracker.type == "wandb" and importlib.util.find_spec("wandb") is None:
             yield _error(f"trackers.{i}.type", "wandb is not installed", "pip install wandb, or take the tracker out")
@@ -325,12 +349,13 @@ def _about_machine(run: RunConfig, numbers: Forecast, machine: Machine) -> Itera
         options = {
             "training.gradient_checkpointing: true": not run.training.gradient_checkpointing,
             "training.batch_size: 1 with more accumulation": run.training.batch_size > 1,
-            "training.precision: bf16": run.training.precision == "fp32",
+            "training.precision: bf16": run.training.precision == "fp32" and not isinstance(run.adapter, Full),
+            "a LoRA": isinstance(run.adapter, Full),
             "a lower data.resolution": True,
         }
         yield _warning("training", what, "try " + ", or ".join(name for name, helps in options.items() if helps))
 
 
 _RULES: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
-    *(_sources, _model, _sizes, _rates, _packages, _output, _prompts, _settings),
+    *(_sources, _model, _sizes, _rates, _full, _packages, _output, _prompts, _settings),
 )

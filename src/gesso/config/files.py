@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import to_json
 
-from gesso.config import dialects, document, presets, problems
+from gesso.config import dialects, document, presets, problems, schema
 from gesso.config.dialects import DialectReport
 from gesso.config.document import Document, KeyPath, dotted
 from gesso.config.layers import SET, Layers
@@ -68,6 +68,7 @@ def _load(doc: Document, *, folder: Path, sets: Sequence[str]) -> Loaded:
         if path != ("preset",):
             layers.put(path, value, place)
     _absolute_paths(layers, folder)
+    _drop_of_other_types(layers)
     run = _validate(layers, found, partial=tool is not None and bool(found))
     return Loaded(run, _origins(run, layers), report)
 
@@ -80,6 +81,19 @@ def _lay_preset(layers: Layers, doc: Document, overrides: Sequence[tuple[KeyPath
     if name is not None:
         preset = presets.get(str(name), where=where)
         layers.lay(preset.data, lambda _: Place(preset.file))
+        layers.preset = preset.file
+
+
+def _drop_of_other_types(layers: Layers) -> None:
+    """Drop what a preset says of one type of section where another was chosen: a rank, where all weights train."""
+    for name, info in RunConfig.model_fields.items():
+        models, section = schema.models_in(info.annotation), layers.data.get(name)
+        if len(models) < 2 or not isinstance(section, dict):
+            continue
+        kinds = [m for m in models if section.get("type") in schema.choices(m.model_fields["type"].annotation)]
+        for key in [key for kind in kinds for key in section if key not in kind.model_fields]:
+            if layers.locate((name, key)).where == layers.preset:
+                del section[key]
 
 
 def _choose_length(layers: Layers, training: Any) -> None:

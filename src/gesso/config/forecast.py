@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 from pathlib import Path
 
+from gesso.adapters import Full
 from gesso.config.run import RunConfig, Source
 
 GIB = 2**30
@@ -55,13 +57,15 @@ class Forecast:
     checkpoints_kept: int
     parameters: int | None
     checkpoint_bytes: int | None
+    result_bytes: int
+    """Of the whole model that a full fine-tune leaves in the end; a LoRA file is not worth counting."""
     cache_bytes: int
     memory_bytes: int | None
 
     @property
     def disk_bytes(self) -> int:
         """All that is written and stays."""
-        return self.cache_bytes + self.checkpoints_kept * (self.checkpoint_bytes or 0)
+        return self.cache_bytes + self.result_bytes + self.checkpoints_kept * (self.checkpoint_bytes or 0)
 
 
 def images_in(folder: Path) -> Iterator[Path]:
@@ -104,7 +108,7 @@ def forecast(run: RunConfig) -> Forecast | None:
     if run.checkpoint.keep_every:
         kept |= {step for step in saves if step % run.checkpoint.keep_every == 0}
     known = full_size(run)
-    parameters = _parameters(run) if known else None
+    parameters = _parameters(run) if known else _counted(run)
     return Forecast(
         images=images,
         held_out=held_out,
@@ -115,9 +119,10 @@ def forecast(run: RunConfig) -> Forecast | None:
         checkpoints=len(saves),
         checkpoints_kept=len(kept),
         parameters=parameters,
-        checkpoint_bytes=None if parameters is None else parameters * _bytes_per_parameter(run),
+        checkpoint_bytes=None if parameters is None else parameters * _saved(run),
+        result_bytes=_result(run),
         cache_bytes=_cache(run, sum(images), epochs=ceil(steps / per_epoch)),
-        memory_bytes=None if parameters is None else _memory(run, parameters),
+        memory_bytes=_memory(run, parameters) if known and parameters is not None else None,
     )
 
 
@@ -133,6 +138,8 @@ def full_size(run: RunConfig) -> bool:
 
 
 def _parameters(run: RunConfig) -> int:
+    if isinstance(run.adapter, Full):
+        return _UNET_PARAMETERS + _TEXT_PARAMETERS * run.adapter.train_text_encoders
     targets = run.adapter.targets
     if isinstance(targets, str):
         per_rank = _PER_RANK[targets]
@@ -143,10 +150,38 @@ def _parameters(run: RunConfig) -> int:
     return run.adapter.rank * (per_rank + _TEXT_PER_RANK * run.adapter.train_text_encoders)
 
 
-def _bytes_per_parameter(run: RunConfig) -> int:
-    """float32 weights, the optimiser's two moments, and the average if one is kept."""
-    moments = 2 if run.training.optimizer.type == "adamw8bit" else 8
-    return 4 + moments + 4 * run.training.ema.enabled
+def _counted(run: RunConfig) -> int | None:
+    """Parameters of a small local model that trains as a whole, read from the heads of its files."""
+    root = Path(run.model.base)
+    if not (isinstance(run.adapter, Full) and root.is_dir()):
+        return None
+    parts = run.model.part_names if run.adapter.train_text_encoders else run.model.part_names[:1]
+    try:
+        return sum(_tensors(file) for part in parts for file in (root / part).glob("*.safetensors")) or None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # a damaged model is not the forecast's to report
+
+
+def _tensors(file: Path) -> int:
+    """How many numbers a safetensors file holds."""
+    with file.open("rb") as handle:
+        head = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+    return sum(prod(entry["shape"]) for name, entry in head.items() if name != "__metadata__")
+
+
+def _moments(run: RunConfig) -> int:
+    """Bytes a parameter of what the optimiser remembers; most of Muon's weights need one number and not two."""
+    return {"adamw": 8, "adamw8bit": 2, "muon": 5}[run.training.optimizer.type]
+
+
+def _saved(run: RunConfig) -> int:
+    """Bytes a parameter in a checkpoint: float32 weights, moments, and the average in float64 and in float32."""
+    return 4 + _moments(run) + 12 * run.training.ema.enabled
+
+
+def _result(run: RunConfig) -> int:
+    whole = isinstance(run.adapter, Full) and full_size(run)
+    return 2 * (_UNET_PARAMETERS + _TEXT_PARAMETERS) if whole else 0
 
 
 def _cache(run: RunConfig, images: int, *, epochs: int) -> int:
@@ -161,8 +196,11 @@ def _memory(run: RunConfig, parameters: int) -> int:
     training = run.training
     wide = 2 if training.precision == "fp32" else 1
     frozen = _UNET_PARAMETERS + _TEXT_PARAMETERS * run.adapter.train_text_encoders
-    kind = "attention" if run.adapter.targets == "attention" else "other"
+    if isinstance(run.adapter, Full):
+        frozen = 0
+    kind = "attention" if not isinstance(run.adapter, Full) and run.adapter.targets == "attention" else "other"
     saved = _ACTIVATIONS["checkpointed" if training.gradient_checkpointing else kind]
     activations = saved * wide * training.batch_size * (run.data.resolution / 1024) ** 2
-    trained = parameters * (_bytes_per_parameter(run) + 4)
+    # Weights, gradient, moments, and the average in float64.
+    trained = parameters * (8 + _moments(run) + 8 * training.ema.enabled)
     return round(frozen * 2 * wide + trained + (activations + _WORKSPACE) * GIB)

@@ -21,6 +21,8 @@ class Layers:
     file: str
     data: dict[str, Any] = field(default_factory=dict)
     places: dict[KeyPath, Place] = field(default_factory=dict)
+    preset: str | None = None
+    """Where values of the preset come from, if there is one."""
 
     def lay(self, data: Mapping[str, Any], place: Callable[[KeyPath], Place]) -> None:
         """Put `data` on top; `place` tells where each of its keys came from."""

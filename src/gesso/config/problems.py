@@ -59,7 +59,7 @@ def _one(path: KeyPath, items: Sequence[Mapping[str, Any]], place: Place, foreig
     kind = items[0]["type"]
     key = place.key if place.key is not None else dotted(path)
     if kind == "extra_forbidden":
-        return unknown(path, place, foreign)
+        return _of_another_type(path, place) or unknown(path, place, foreign)
     if kind == "missing":
         return _missing(path, place)
     if kind.startswith("union_tag"):
@@ -96,6 +96,18 @@ def unknown(path: KeyPath, place: Place, foreign: Mapping[str, str]) -> UserErro
     return UserError(f"unknown key {name} {where}", where=place.where, fix=fix)
 
 
+def _of_another_type(path: KeyPath, place: Place) -> UserError | None:
+    """The problem with a key that the section would have with another `type`, or None if it never has it."""
+    holder, _ = schema.locate(path)
+    name = str(path[-1])
+    owners = [model for model in holder if name in model.model_fields]
+    if not owners:
+        return None
+    types = " or ".join(word for model in owners for word in schema.choices(model.model_fields["type"].annotation))
+    key = place.key or dotted(path)
+    return UserError(f"{key} is only for type: {types}", where=place.where, fix=f"leave it out, or write type: {types}")
+
+
 def show(value: Any) -> str:
     """A value as it would be written, shortened."""
     text = "nothing" if value is None else f"'{value}'" if isinstance(value, str) else str(value)
@@ -126,6 +138,7 @@ def _wrong_tag(path: KeyPath, item: Mapping[str, Any], place: Place) -> UserErro
     _, info = schema.locate(path)
     models = schema.models_in(info.annotation) if info is not None else ()
     tag = str(item.get("ctx", {}).get("discriminator", "type")).strip("'")
+    tag = tag if all(tag in model.model_fields for model in models) else "type"  # pydantic names a function here
     allowed = [word for model in models for word in schema.choices(model.model_fields[tag].annotation)]
     key = f"{place.key or dotted(path)}.{tag}"
     if item["type"] == "union_tag_not_found":

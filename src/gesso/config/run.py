@@ -92,8 +92,9 @@ class Data(Spec):
 class Optimizer(Spec):
     """The optimiser and its constants."""
 
-    type: Literal["adamw", "adamw8bit"] = "adamw"
-    """adamw8bit needs bitsandbytes and a GPU."""
+    type: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """adamw8bit needs bitsandbytes and a GPU. muon (torch 2.9 or newer) makes the updates of matrices and convolutions
+    orthogonal and leaves the rest to adamw, at the same learning rate."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment."""
     beta2: float = Field(default=0.999, ge=0, lt=1)
@@ -136,7 +137,7 @@ class Training(Spec):
     accumulation: int = Field(default=1, ge=1)
     """Batches per optimiser step."""
     learning_rate: float = Field(default=1e-4, ge=0)
-    """Of the denoiser's adapter, and of everything that has no rate of its own."""
+    """Of the denoiser, and of everything that has no rate of its own."""
     text_encoder_learning_rates: tuple[float, ...] | None = None
     """One rate per text encoder; a single number serves all; 0 leaves that encoder exactly as it is."""
     schedule: Schedule = Schedule()
@@ -144,7 +145,8 @@ class Training(Spec):
     clip: float | None = Field(default=1.0, gt=0)
     """Largest norm of the gradient; longer ones are scaled down. Empty: no clipping."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Of the frozen model and the activations. Trained weights and the loss are always float32."""
+    """Of the frozen model and the activations. Trained weights and the loss are always float32, so a full fine-tune
+    takes fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: much less memory, about a third slower."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
@@ -225,6 +227,7 @@ class RunConfig(Spec):
     model: AnyFamily = AnyFamily()
     data: Data
     adapter: AnyAdapter = LoRA()
+    """What is trained: low-rank matrices beside the weights (lora), or the weights themselves (full)."""
     objective: AnyObjective = Denoise()
     training: Training
     validation: Validation = Validation()

@@ -6,11 +6,10 @@ import json
 import re
 from pathlib import Path
 
-from gesso.core.folder import WEIGHTS
 from gesso.core.resolve import file_sha256
 
-MANIFEST, AVERAGE = "manifest.json", "ema"
-OPTIMIZER, SHADOW, POSITION = "state/optimizer.safetensors", "state/average.safetensors", "state/position.json"
+MANIFEST, AVERAGE, STATE = "manifest.json", "ema", "state"
+OPTIMIZER, SHADOW, POSITION = f"{STATE}/optimizer.safetensors", f"{STATE}/average.safetensors", f"{STATE}/position.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -31,6 +30,16 @@ def newest(folder: Path) -> tuple[Path | None, dict[Path, list[str]]]:
     return None, refused
 
 
+def is_weights(name: str) -> bool:
+    """Whether a file of a checkpoint holds trained weights; their average does not count."""
+    return is_model(name) and name.endswith(".safetensors")
+
+
+def is_model(name: str) -> bool:
+    """Whether a file of a checkpoint belongs to the trained model: its weights and configurations."""
+    return name != MANIFEST and name.split("/")[0] not in (AVERAGE, STATE)
+
+
 def faults(path: Path) -> list[str]:
     """What is wrong with a checkpoint folder: missing, resized or altered files. Empty if it is as written."""
     if not path.is_dir():
@@ -40,7 +49,8 @@ def faults(path: Path) -> list[str]:
         expected = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"{MANIFEST} is unreadable ({type(error).__name__})"]
-    problems = [f"{name} is not listed" for name in (WEIGHTS, OPTIMIZER, POSITION) if name not in expected]
+    problems = [f"{name} is not listed" for name in (OPTIMIZER, POSITION) if name not in expected]
+    problems += [] if any(is_weights(name) for name in expected) else ["no trained weights are listed"]
     for name, (size, digest) in expected.items():
         file = path / name
         if not file.is_file():

@@ -1,4 +1,4 @@
-"""A model's name -> files on this machine: a folder, a single `.safetensors` file, or a hub id."""
+"""A model's name -> files on this machine: a folder, a single `.safetensors` file, a hub id, or a packaged model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from pathlib import Path
 from gesso.core.folder import write_json
 from gesso.errors import ResourceError, UserError
 
+PACKAGED = "micro:"
+"""What the names of the models in the package begin with."""
+
 
 def cache_root() -> Path:
     """Where caches live: $GESSO_CACHE, else ~/.cache/gesso."""
@@ -19,11 +22,13 @@ def cache_root() -> Path:
 
 
 def locate(name: str, *, revision: str | None = None, patterns: Sequence[str] = (), key: str = "model.base") -> Path:
-    """A local folder or file for `name`, fetched from the hub if it is a hub id.
+    """A local folder or file for `name`, fetched from the hub if it is a hub id; `micro:...` is in the package.
 
     `patterns` limits what is fetched. Raises `UserError` naming `key` for a path that is not there or a
     pickle checkpoint, `ResourceError` where the hub cannot be reached and nothing is cached.
     """
+    if name.startswith(PACKAGED):
+        return _packaged(name, key)
     path = Path(name).expanduser()
     if path.suffix in {".ckpt", ".pt", ".pth", ".bin"}:
         raise UserError(
@@ -42,6 +47,15 @@ def locate(name: str, *, revision: str | None = None, patterns: Sequence[str] = 
             "stabilityai/stable-diffusion-xl-base-1.0",
         )
     return _download(name, revision, patterns, key)
+
+
+def _packaged(name: str, key: str) -> Path:
+    folder = Path(__file__).parents[1] / "micro" / "weights"
+    found = folder / name.removeprefix(PACKAGED)
+    if found.parent != folder or not found.is_dir():
+        known = ", ".join(f"{PACKAGED}{path.name}" for path in sorted(folder.glob("*/")))
+        raise UserError(f"the package holds no model {name}", where=key, fix=f"it holds {known}")
+    return found
 
 
 def _download(name: str, revision: str | None, patterns: Sequence[str], key: str) -> Path:

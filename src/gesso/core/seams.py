@@ -32,6 +32,33 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+@dataclass(frozen=True)
+class Layout:
+    """The files that trained tensors are kept in, as readers of such weights know them.
+
+    A tensor's name is its file's folder and its key in the file, joined by a dot: `unet.conv_in.bias` is `conv_in.bias`
+    in `unet/diffusion_pytorch_model.safetensors`. A file that is in no folder has the whole names for keys.
+    """
+
+    headers: Mapping[str, Mapping[str, str]]
+    """The safetensors header of each file of tensors, by the file's name."""
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """What goes beside them, such as configurations, by the file's name."""
+
+    @staticmethod
+    def prefix(file: str) -> str:
+        """What the names of a file's tensors begin with."""
+        folder = file.rpartition("/")[0]
+        return f"{folder}." if folder else ""
+
+    def split(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Each file's tensors by their keys in it."""
+        return {
+            file: {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
+            for file, start in ((file, self.prefix(file)) for file in self.headers)
+        }
+
+
 @dataclass
 class Parts:
     """The networks of one model, as far as they are loaded.
@@ -119,7 +146,19 @@ class Family(Protocol):
 class Adapter(Protocol):
     """What is trained: low-rank matrices, embeddings, or the whole model."""
 
-    def attach(self, parts: Parts, family: Family, *, seed: int, text_encoders: Sequence[int] = ()) -> Attached: ...
+    @property
+    def train_text_encoders(self) -> bool:
+        """Whether text encoders train; then text embeddings are not cached."""
+        ...
+
+    def attach(
+        self, parts: Parts, family: Family, *, seed: int, text_encoders: Sequence[int] = (), reference: bool = False
+    ) -> Attached:
+        """Make the denoiser and the text encoders with the given indices trainable.
+
+        `reference` says that `Attached.reference` will be asked for, which may cost a copy of the weights.
+        """
+        ...
 
 
 class Attached(Protocol):
@@ -134,11 +173,11 @@ class Attached(Protocol):
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """The trained tensors under the names that diffusers reads."""
+        """The trained tensors, float32, under names that `layout` turns into files that diffusers reads."""
         ...
 
-    def metadata(self) -> dict[str, str]:
-        """Safetensors header values that go with `state`."""
+    def layout(self) -> Layout:
+        """Which files hold `state`."""
         ...
 
     def restore(self, state: Mapping[str, Tensor]) -> None:

@@ -8,15 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gesso.adapters import Full
 from gesso.config import files
 from gesso.config.run import RunConfig
 from gesso.core import checkpoints, resolve
-from gesso.core.checkpoints import AVERAGE
+from gesso.core.checkpoints import AVERAGE, MANIFEST
 from gesso.core.folder import WEIGHTS
 from gesso.core.runtime import Runtime
 from gesso.core.seams import Family
 from gesso.errors import UserError
-from gesso.families import AnyFamily, lora_file, lora_names
+from gesso.families import AnyFamily, lora_file, lora_names, model_folder
 from gesso.families.lora_file import LoRAFile
 
 
@@ -28,20 +29,28 @@ def open_pipeline(target: str, *, loras: Sequence[tuple[str, float]] = (), runti
     its weight, in diffusers' or kohya's format. Raises `UserError` for anything that cannot be read, and for a LoRA
     that does not fit the model layer by layer or does nothing.
     """
-    family, own, base = _resolve(target)
+    path, whole, own = Path(target).expanduser(), None, None
+    if _is_trained(path):
+        run, weights = trained(target)
+        family, base, title = run.model, run.model.base, [_title(weights)]
+        if isinstance(run.adapter, Full):
+            whole = weights
+        else:
+            own = lora_file.read(weights / WEIGHTS)
+    else:
+        family, base, title = _base(target), target, []
     chosen = [lora_file.read(_fetch(name)) for name, _ in loras]
     for file in chosen:
         if not any(pair.up.any() and pair.scale for pair in file.pairs.values()):
             raise UserError("this LoRA changes nothing: all of its weights are 0", where=str(file.path), fix="drop it")
-    parts = family.load(("denoiser", "vae", "text"), dtype=runtime.dtype, device=runtime.device)
+    if whole is not None:
+        parts = model_folder.with_trained(family, whole, dtype=runtime.dtype, device=runtime.device)
+    else:
+        parts = family.load(("denoiser", "vae", "text"), dtype=runtime.dtype, device=runtime.device)
     pipeline = family.pipeline(parts)
     stack = [*([(own, 1.0)] if own is not None else []), *zip(chosen, (w for _, w in loras), strict=True)]
     add_loras(pipeline, family, stack)
-    label = [
-        base,
-        *([_title(own.path)] if own is not None else []),
-        *(f"{name} x {weight:g}" for name, weight in loras),
-    ]
+    label = [base, *title, *(f"{name} x {weight:g}" for name, weight in loras)]
     return pipeline, " + ".join(label)
 
 
@@ -76,7 +85,7 @@ def add_loras(pipeline: Any, family: Family, loras: Sequence[tuple[LoRAFile, flo
 
 
 def trained(target: str, *, use_ema: bool | None = None) -> tuple[RunConfig, Path]:
-    """The run that a run folder or checkpoint folder belongs to, and its trained weights.
+    """The run that a run folder or checkpoint folder belongs to, and the folder of its trained weights.
 
     `use_ema` empty takes the averaged weights where the run samples with them. Raises `UserError` where there is no
     whole checkpoint, no run file beside it, or no average though one is asked for.
@@ -85,7 +94,7 @@ def trained(target: str, *, use_ema: bool | None = None) -> tuple[RunConfig, Pat
     if (path / "run.yaml").is_file():
         folder, checkpoint = path, _newest(path)
     else:
-        if not (path / WEIGHTS).is_file():
+        if not _is_trained(path):
             raise UserError(
                 "neither a run folder nor a checkpoint", where=target, fix="give a folder with run.yaml in it"
             )
@@ -93,38 +102,39 @@ def trained(target: str, *, use_ema: bool | None = None) -> tuple[RunConfig, Pat
         above = [p for p in path.resolve().parents[:2] if (p / "run.yaml").is_file()]
         if not above:
             raise UserError(
-                "these are LoRA weights without their run.yaml, so their base model is not known",
+                "these are trained weights without their run.yaml, so their base model is not known",
                 where=str(path),
-                fix=f"name the base model and give them as a LoRA: gesso sample BASE --lora {target}",
+                fix=f"of a LoRA, name the base model: gesso sample BASE --lora {target}",
             )
         folder = above[0]
     run = files.load(folder / "run.yaml").run
-    average = checkpoint / AVERAGE / WEIGHTS
+    average = checkpoint / AVERAGE
     ema = run.training.ema
     wanted = (ema.enabled and ema.use_for_samples) if use_ema is None else use_ema
-    if wanted and average.is_file():
+    if wanted and average.is_dir():
         return run, average
     if use_ema:
         raise UserError("this checkpoint holds no averaged weights", where=str(checkpoint), fix="leave out --ema")
-    return run, checkpoint / WEIGHTS
+    return run, checkpoint
 
 
-def _resolve(target: str) -> tuple[Family, LoRAFile | None, str]:
-    """The family with its base model, the trained weights on top of it if the target has any, and the base's name."""
+def _is_trained(path: Path) -> bool:
+    """Whether this is a run folder, a checkpoint, or the averaged weights of one."""
+    averaged = path.name == AVERAGE and (path.parent / MANIFEST).is_file()
+    return averaged or any((path / name).is_file() for name in ("run.yaml", WEIGHTS, MANIFEST))
+
+
+def _base(target: str) -> AnyFamily:
     path = Path(target).expanduser()
-    if (path / "run.yaml").is_file() or (path / WEIGHTS).is_file():
-        run, weights = trained(target)
-        return run.model, lora_file.read(weights), run.model.base
     if path.is_file() and lora_file.is_lora(path):
         raise UserError(
             "this is a LoRA, not a model", where=str(path), fix=f"name its base model: gesso sample BASE --lora {path}"
         )
-    return AnyFamily(base=target), None, target
+    return AnyFamily(base=target)
 
 
-def _title(weights: Path) -> str:
+def _title(folder: Path) -> str:
     """checkpoint-500, or checkpoint-500 (averaged)."""
-    folder = weights.parent
     return f"{folder.parent.name} (averaged)" if folder.name == AVERAGE else folder.name
 
 

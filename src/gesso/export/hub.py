@@ -108,10 +108,8 @@ def settings(run: RunConfig) -> dict[str, str]:
     """The settings that someone who wants to repeat the training asks for first."""
     adapter, training = run.adapter, run.training
     length = " or ".join(f"{n} {unit}" for n, unit in ((training.steps, "steps"), (training.epochs, "epochs")) if n)
-    targets = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
     found = {
-        "rank, alpha": f"{adapter.rank}, {adapter.effective_alpha:g}",
-        "layers": targets,
+        **adapter.summary(),
         "text encoders": "trained" if adapter.train_text_encoders else "frozen",
         "length": length,
         "learning rate": f"{training.learning_rate:g}, {training.schedule.type}",

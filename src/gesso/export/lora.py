@@ -19,33 +19,20 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from gesso.core.batch import Geometry
-from gesso.core.folder import sync_folder, write_atomic
-from gesso.core.random import generator
+from gesso.config.run import RunConfig
+from gesso.core.folder import WEIGHTS, sync_folder, write_atomic
 from gesso.core.runtime import Precision, Runtime
-from gesso.core.seams import Cond, Family, Parts
+from gesso.core.seams import Attached, Family, Parts
 from gesso.errors import ResourceError, UserError
 from gesso.export.about import About
+from gesso.export.proof import AGREEMENT, DTYPES, Probe, deviation, probe
 from gesso.families import lora_file, lora_names
 from gesso.families.lora_file import Format, LoRAFile, Pair, read
 
 __all__ = ["About", "Format", "LoRAFile", "Probe", "Verified", "convert", "export", "probe", "read", "verify"]
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _ROUNDING = {torch.float32: (1e-6, 0.0), torch.float16: (2.0**-10, 2.0**-24), torch.bfloat16: (2.0**-8, 0.0)}
 """Relative and absolute change that a cast to each dtype may bring; fp16 loses small numbers absolutely."""
-_AGREEMENT = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
-"""How far predictions may differ, relative to the largest, where the coarser of file and model has each dtype."""
-_PROMPTS = ("a photo of a person, 3/4 view", "")
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A model's answers to fixed inputs, on the CPU: text embeddings, and the denoiser's prediction under `cond`."""
-
-    text: Cond
-    cond: Cond
-    prediction: Tensor
 
 
 @dataclass(frozen=True)
@@ -60,6 +47,42 @@ class Verified:
     text_error: float
     error: float
     effect: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained LoRA away from its networks: its tensors, and how the model answered with it in place."""
+
+    run: RunConfig
+    state: Mapping[str, Tensor]
+    header: Mapping[str, str]
+    expected: Probe
+
+    @classmethod
+    def of(cls, run: RunConfig, parts: Parts, adapter: Attached) -> Trained:
+        """Taken from a model as it is now."""
+        state = {name: tensor.to("cpu", copy=True) for name, tensor in adapter.state().items()}
+        return cls(run, state, adapter.layout().headers[WEIGHTS], probe(run.model, parts))
+
+    def write(self, path: Path, *, format: Format, precision: Precision, runtime: Runtime) -> Verified:
+        """`export` it."""
+        return export(
+            path,
+            self.state,
+            self.header,
+            format=format,
+            precision=precision,
+            about=About.of(self.run),
+            family=self.run.model,
+            expected=self.expected,
+            runtime=runtime,
+        )
+
+    def finish(self, folder: Path, *, runtime: Runtime) -> dict[str, Path]:
+        """What a run leaves for use elsewhere, by what it is: the file for web UIs."""
+        path = folder / f"{self.run.name}.safetensors"
+        self.write(path, format="kohya", precision="fp16", runtime=runtime)
+        return {"LoRA": path}
 
 
 def export(
@@ -87,7 +110,7 @@ def export(
     parts = family.load(("denoiser", "text"), dtype=runtime.dtype, device=runtime.device)
     modules = lora_names.modules(_networks(family, parts))
     tensors, metadata = convert(
-        trained, format=format, dtype=_DTYPES[precision], modules=modules, about=about, fold_alpha=fold_alpha
+        trained, format=format, dtype=DTYPES[precision], modules=modules, about=about, fold_alpha=fold_alpha
     )
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.safetensors")
     with _writing(path):
@@ -152,14 +175,6 @@ def hashes(tensors: Mapping[str, Tensor], training: Mapping[str, str]) -> dict[s
     return {"sshs_model_hash": sha256(data).hexdigest(), "sshs_legacy_hash": sha256(window).hexdigest()[:8]}
 
 
-def probe(family: Family, parts: Parts) -> Probe:
-    """Answers to fixed prompts and a fixed noisy latent; the networks' modes are as found afterwards.
-
-    Where `parts` holds no text encoders they did not train, and the base model's are loaded for the moment.
-    """
-    return _probe(family, parts, cond=None)
-
-
 def verify(path: Path, *, trained: LoRAFile, family: Family, fresh: Parts, expected: Probe) -> Verified:
     """Load a written file into fresh base networks as a user would, and compare with the trained model.
 
@@ -168,7 +183,7 @@ def verify(path: Path, *, trained: LoRAFile, family: Family, fresh: Parts, expec
     """
     from diffusers.utils import logging
 
-    base = _probe(family, fresh, cond=expected.cond)
+    base = probe(family, fresh, cond=expected.cond)
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -180,14 +195,14 @@ def verify(path: Path, *, trained: LoRAFile, family: Family, fresh: Parts, expec
         # diffusers overlooks some strengths (alphas that differ between a text encoder's layers), so read it twice.
         _compare_layers(wanted, read(path).match(modules), coarsest)
         _compare_layers(wanted, loaded, coarsest)
-        again = _probe(family, fresh, cond=expected.cond)
+        again = probe(family, fresh, cond=expected.cond)
         report = Verified(
             layers=len(loaded),
-            text_error=max(_deviation(again.text[k], expected.text[k]) for k in expected.text),
-            error=_deviation(again.prediction, expected.prediction),
-            effect=_deviation(base.prediction, expected.prediction),
+            text_error=max(deviation(again.text[k], expected.text[k]) for k in expected.text),
+            error=deviation(again.prediction, expected.prediction),
+            effect=deviation(base.prediction, expected.prediction),
         )
-        limit = _AGREEMENT[coarsest[0]]
+        limit = AGREEMENT[coarsest[0]]
         if not (report.error <= limit and report.text_error <= limit):
             raise _Mismatch(
                 f"predictions differ by {report.error:.1e} and text embeddings by {report.text_error:.1e} of their "
@@ -223,37 +238,6 @@ def _writing(path: Path) -> Iterator[None]:
 
 def _networks(family: Family, parts: Parts) -> dict[str, Any]:
     return dict(zip(family.part_names, [parts.denoiser, *parts.text_encoders], strict=False))
-
-
-def _probe(family: Family, parts: Parts, *, cond: Cond | None) -> Probe:
-    """`probe`, with the denoiser under a given condition, so that its error is its own."""
-    denoiser: Any = parts.denoiser
-    readers = parts
-    if not parts.text_encoders:
-        readers = family.load(("text",), dtype=denoiser.dtype, device=denoiser.device)
-    networks = [denoiser, *readers.text_encoders]
-    modes = [(module, module.training) for network in networks for module in network.modules()]
-    side, count = 16 * family.latent_factor, len(_PROMPTS)
-    shape = (count, int(denoiser.config.in_channels), 16, 16)
-    noisy = torch.from_numpy(generator(0, "export probe").standard_normal(shape)).to(denoiser.device, torch.float32)
-    try:
-        for network in networks:
-            network.eval()
-        with torch.no_grad():
-            text = family.encode_text(readers, list(_PROMPTS))
-            if cond is None:
-                cond = family.condition(text, [Geometry(side, side, 0, 0, side, side)] * count)
-            on_device = {k: v.to(denoiser.device) for k, v in cond.items()}
-            t = torch.full((count,), 500, device=denoiser.device)
-            prediction = family.predict(denoiser, noisy, t, on_device)
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    return Probe(
-        {k: v.float().cpu() for k, v in text.items()},
-        {k: v.cpu() for k, v in cond.items()},
-        prediction.float().cpu(),
-    )
 
 
 def _loaded(family: Family, parts: Parts) -> dict[str, Pair]:
@@ -294,11 +278,7 @@ def _coarsest(path: Path, parts: Parts) -> list[torch.dtype]:
     assert parts.denoiser is not None
     pairs = read(path).pairs.values()
     dtypes = [next(iter(pairs)).up.dtype, next(parts.denoiser.parameters()).dtype]
-    return sorted(dtypes, key=lambda dtype: -_AGREEMENT[dtype])
-
-
-def _deviation(tensor: Tensor, reference: Tensor) -> float:
-    return float((tensor - reference).abs().max() / reference.abs().max())
+    return sorted(dtypes, key=lambda dtype: -AGREEMENT[dtype])
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, layer: str) -> Tensor:

@@ -12,6 +12,8 @@ from gesso.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from gesso.core.seams import Family, Parts
+
 _STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 
 
@@ -70,6 +72,25 @@ def read(folder: Path, part: str, *, variant: str | None, dtype: torch.dtype) ->
     return network
 
 
+def with_trained(family: Family, folder: Path, *, dtype: torch.dtype, device: torch.device) -> Parts:
+    """All networks of a model after full training: the trained ones from their folders in `folder`, the rest its own.
+
+    Raises `UserError` where a trained network cannot be read.
+    """
+    denoiser, *encoders = family.part_names
+    parts = family.load(("vae", "text"), dtype=dtype, device=device)
+    with without_bars():
+        parts.denoiser = _frozen(folder / denoiser, denoiser, dtype, device)
+        for i, name in enumerate(encoders):
+            if (folder / name).is_dir():
+                parts.text_encoders[i] = _frozen(folder / name, name, dtype, device)
+    return parts
+
+
+def _frozen(folder: Path, part: str, dtype: torch.dtype, device: torch.device) -> Any:
+    return read(folder, part, variant=None, dtype=dtype).requires_grad_(False).eval().to(device)
+
+
 def unreadable(part: str, error: Exception, path: Path) -> UserError:
     """The error for weights that a library refuses, with the first line of what it said."""
     said = (str(error).strip() or type(error).__name__).split("\n")[0]
@@ -103,13 +124,19 @@ def network_class(part: str) -> Any:
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Without transformers' bar per network, which would tear ours apart."""
-    from transformers.utils import logging
+    """Without the libraries' bars per network and per pipeline, which would tear ours apart."""
+    import diffusers
+    import transformers
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    shown = [
+        logging
+        for logging in (transformers.utils.logging, diffusers.utils.logging)
+        if logging.is_progress_bar_enabled()
+    ]
+    for logging in shown:
+        logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        for logging in shown:
             logging.enable_progress_bar()

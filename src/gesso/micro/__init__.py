@@ -1,1 +1,1 @@
-"""The embedded default: a small painted world, the micro models trained on it, their recipe, and the demo."""
+"""The embedded default: a small painted world, the micro models trained on it, how they are made, and the demo."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,15 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from gesso.families import model_folder
 from gesso.micro import words
@@ -39,6 +48,26 @@ class Size:
     norm_groups: int = 4
     resolution: int = 64
     """The default picture size in pixels."""
+    zeros_for_empty: bool = True
+    """SDXL 1.0's pipeline takes zeros for an empty negative prompt; off, the empty text is encoded like any other."""
+
+
+MICRO = Size(
+    unet_channels=(48, 96, 128),
+    unet_layers=1,
+    unet_transformers=(1, 1, 1),
+    unet_heads=(1, 3, 4),
+    time_channels=32,
+    vae_channels=(24, 48, 64),
+    vae_layers=1,
+    vae_attention=False,
+    text_widths=(64, 64),
+    text_layers=(2, 2),
+    norm_groups=8,
+    resolution=64,
+    zeros_for_empty=False,
+)
+"""The `micro:sdxl` that the package ships: 64-pixel pictures, latents of 16 by 16."""
 
 
 SCHEDULER = {
@@ -71,7 +100,7 @@ def build_sdxl(folder: Path, *, seed: int = 0, size: Size | None = None) -> Path
     The same seed and size give the same bytes. torch's global generator is left as it was.
     """
     size = size or Size()
-    return save(folder, networks(size, seed=seed))
+    return save(folder, networks(size, seed=seed), zeros_for_empty=size.zeros_for_empty)
 
 
 def networks(size: Size, *, seed: int) -> Networks:
@@ -86,7 +115,76 @@ def networks(size: Size, *, seed: int) -> Networks:
         )
 
 
-def save(folder: Path, parts: Networks) -> Path:
+def autoencoder(size: Size, *, seed: int) -> AutoencoderKL:
+    """The VAE alone with random weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _vae(size).eval()
+
+
+def clip(*, seed: int) -> CLIPModel:
+    """A CLIP for 64-pixel pictures with random weights: 1.5 million parameters, embeddings of width 64."""
+    vision = CLIPVisionConfig(
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=64,
+        patch_size=8,
+        projection_dim=64,
+    )
+    text = dataclasses.replace(MICRO, text_widths=(128, 128), text_layers=(3, 3), text_heads=4)
+    config = CLIPConfig(
+        text_config=_text_config(text, 0, activation="quick_gelu").to_dict() | {"projection_dim": 64},
+        vision_config=vision.to_dict(),
+        projection_dim=64,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return CLIPModel(config).eval()
+
+
+def identity(*, seed: int) -> CLIPVisionModelWithProjection:
+    """An encoder of 64-pixel pictures of people with random weights; embeddings [B, 64]."""
+    config = CLIPVisionConfig(
+        hidden_size=96,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=64,
+        patch_size=8,
+        projection_dim=64,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return CLIPVisionModelWithProjection(config).eval()
+
+
+def save_clip_files(folder: Path) -> None:
+    """Write what belongs beside a micro CLIP's weights: tokenizer and picture settings."""
+    words.write(folder, pad=words.END)
+    save_image_processor(folder)
+
+
+def save_image_processor(folder: Path) -> None:
+    """Write the settings by which `CLIPImageProcessor` prepares pictures for a micro CLIP or identity encoder."""
+    settings = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"height": 64, "width": 64},
+        "resample": 3,
+        "do_center_crop": False,
+        "do_rescale": True,
+        "do_normalize": True,
+        "do_convert_rgb": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def save(folder: Path, parts: Networks, *, zeros_for_empty: bool = True) -> Path:
     """Write networks, tokenizers and scheduler as the folder that `StableDiffusionXLPipeline.from_pretrained` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     with model_folder.without_bars():
@@ -100,7 +198,7 @@ def save(folder: Path, parts: Networks) -> Path:
     index = {
         "_class_name": "StableDiffusionXLPipeline",
         "_diffusers_version": diffusers.__version__,
-        "force_zeros_for_empty_prompt": True,
+        "force_zeros_for_empty_prompt": zeros_for_empty,
         "scheduler": ["diffusers", "EulerDiscreteScheduler"],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],

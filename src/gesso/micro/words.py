@@ -7,92 +7,18 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-COMMON = [
-    "a",
-    "an",
-    "the",
-    "of",
-    "on",
-    "in",
-    "with",
-    "and",
-    "at",
-    "to",
-    "by",
-    "is",
-    "are",
-    "from",
-    "for",
-    "photo",
-    "picture",
-    "painting",
-    "drawing",
-    "portrait",
-    "image",
-    "style",
-    "red",
-    "orange",
-    "yellow",
-    "green",
-    "blue",
-    "purple",
-    "pink",
-    "brown",
-    "black",
-    "white",
-    "gray",
-    "dark",
-    "light",
-    "circle",
-    "square",
-    "triangle",
-    "star",
-    "heart",
-    "cross",
-    "diamond",
-    "ring",
-    "person",
-    "man",
-    "woman",
-    "boy",
-    "girl",
-    "face",
-    "robe",
-    "hat",
-    "cap",
-    "hood",
-    "crown",
-    "beard",
-    "moustache",
-    "wearing",
-    "tall",
-    "small",
-    "large",
-    "house",
-    "tree",
-    "flower",
-    "fish",
-    "cat",
-    "dog",
-    "boat",
-    "sun",
-    "moon",
-    "cloud",
-    "mountain",
-    "sea",
-    "sky",
-    "sand",
-    "night",
-    "background",
-    "left",
-    "right",
-    "above",
-    "below",
-    "two",
-    "three",
-    "sks",
-    "aldar",
-]
+_LIST = """
+a an the of on in with and at to by is are from for without above below left right two three
+photo picture painting drawing portrait image style outlined sepia mosaic neon
+red orange yellow green blue purple pink brown black white gray grey dark light
+circle square triangle star heart cross diamond ring
+person man woman boy girl face hair beard moustache smiling sad waving standing wearing
+robe hat cap hood crown kalpak chapan plain striped patterned tall small large
+horse sheep cat dog bird fish yurt tree pot carpet moon house flower boat sun cloud
+steppe market mountain mountains sea sky sand night background
+sks aldar dombra
+"""
+COMMON = _LIST.split()
 """Words that are one token each; everything else falls back to pieces and characters."""
 
 START, END = "<|startoftext|>", "<|endoftext|>"

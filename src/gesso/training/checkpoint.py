@@ -2,7 +2,8 @@
 
 RUN/checkpoint-500/
     pytorch_lora_weights.safetensors    what `pipe.load_lora_weights` reads; also the trained state itself
-    ema/pytorch_lora_weights.safetensors
+    unet/config.json ...                or, of a full fine-tune, each trained network as `from_pretrained` reads it
+    ema/...                             the averaged weights in the same files
     state/optimizer.safetensors  state/position.json
     manifest.json                       name, size and SHA-256 of every other file, written last
 """
@@ -15,7 +16,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -26,8 +27,20 @@ import safetensors.torch
 from torch import Tensor
 
 from gesso.config.run import Checkpoint
-from gesso.core.checkpoints import AVERAGE, MANIFEST, OPTIMIZER, POSITION, SHADOW, faults, listed, newest
-from gesso.core.folder import WEIGHTS, sync_folder
+from gesso.core.checkpoints import (
+    AVERAGE,
+    MANIFEST,
+    OPTIMIZER,
+    POSITION,
+    SHADOW,
+    faults,
+    is_model,
+    is_weights,
+    listed,
+    newest,
+)
+from gesso.core.folder import sync_folder
+from gesso.core.seams import Layout
 from gesso.errors import ResourceError, UserError
 
 _SPARE = 1.2
@@ -39,23 +52,35 @@ class Snapshot:
 
     step: int
     weights: Mapping[str, Tensor]
-    metadata: Mapping[str, str]
+    layout: Layout
     optimizer: Mapping[str, Tensor]
     average: Mapping[str, Tensor] | None
     position: Mapping[str, Any]
 
-    def files(self) -> dict[str, bytes]:
-        """Content of each file by its name in the checkpoint folder."""
-        files = {
-            WEIGHTS: _pack(self.weights, self.metadata),
-            OPTIMIZER: _pack(self.optimizer),
-            POSITION: (json.dumps({"step": self.step, **self.position}, indent=2) + "\n").encode(),
-        }
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        average = self.average or {}
+        tensors = [*self.weights.values(), *self.optimizer.values(), *average.values()]
+        return sum(t.nbytes for t in tensors) + sum(4 * t.numel() for t in average.values())
+
+    def files(self) -> Iterator[tuple[str, bytes]]:
+        """Each file's name in the checkpoint folder and its content, one at a time."""
+        yield from self._weights(self.weights)
+        yield OPTIMIZER, _pack(self.optimizer)
+        yield POSITION, (json.dumps({"step": self.step, **self.position}, indent=2) + "\n").encode()
         if self.average is not None:
-            # Readers want float32; going on exactly needs every bit.
-            files[f"{AVERAGE}/{WEIGHTS}"] = _pack({k: v.float() for k, v in self.average.items()}, self.metadata)
-            files[SHADOW] = _pack(self.average)
-        return files
+            # Readers want float32, and buffers too, which have no average; going on exactly needs every bit.
+            averaged = {**self.weights, **{k: v.float() for k, v in self.average.items()}}
+            for name, content in self._weights(averaged):
+                yield f"{AVERAGE}/{name}", content
+            yield SHADOW, _pack(self.average)
+
+    def _weights(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, bytes]]:
+        for name, own in self.layout.split(tensors).items():
+            yield name, _pack(own, self.layout.headers[name])
+        for name, text in self.layout.texts.items():
+            yield name, text.encode()
 
 
 @dataclass
@@ -77,11 +102,10 @@ class Store:
         target = self.folder / f"checkpoint-{snapshot.step}"
         if target.exists() and not faults(target):
             return target
-        files = snapshot.files()
         for attempt in range(1, self.tries + 1):
             try:
-                self._check_space(files)
-                self._write(target, files)
+                self._check_space(snapshot.size)
+                self._write(target, snapshot)
                 break
             except OSError as error:
                 if error.errno not in {errno.ENOSPC, errno.EDQUOT} or attempt == self.tries:
@@ -96,21 +120,21 @@ class Store:
         for path in [*self.folder.glob(".partial-*"), *self.folder.glob(".trash-*")]:
             shutil.rmtree(path, ignore_errors=True)
 
-    def _check_space(self, files: Mapping[str, bytes]) -> None:
-        needed = int(_SPARE * sum(map(len, files.values())))
+    def _check_space(self, size: int) -> None:
+        needed = int(_SPARE * size)
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise OSError(errno.ENOSPC, f"{free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB needed")
 
-    def _write(self, target: Path, files: Mapping[str, bytes]) -> None:
+    def _write(self, target: Path, snapshot: Snapshot) -> None:
         partial = self.folder / f".partial-{target.name}-{uuid.uuid4().hex[:8]}"
         try:
             manifest = {}
-            for name, content in files.items():
+            for name, content in snapshot.files():
                 _write_synced(partial / name, content)
                 manifest[name] = {"size": len(content), "sha256": sha256(content).hexdigest()}
             _write_synced(partial / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
-            for folder in {(partial / name).parent for name in files}:
+            for folder in {folder for name in manifest for folder in (partial / name).parents} - set(partial.parents):
                 sync_folder(folder)
             if target.exists():
                 target.rename(self.folder / f".trash-{target.name}-{uuid.uuid4().hex[:8]}")
@@ -151,13 +175,19 @@ def load(path: Path) -> Snapshot:
             fix="use --resume latest, which takes the newest whole one",
         )
     position = json.loads((path / POSITION).read_text())
-    with safetensors.safe_open(path / WEIGHTS, framework="pt") as handle:
-        metadata = dict(handle.metadata() or {})
+    names = sorted(json.loads((path / MANIFEST).read_text()))
+    weights: dict[str, Tensor] = {}
+    headers: dict[str, dict[str, str]] = {}
+    for name in filter(is_weights, names):
+        with safetensors.safe_open(path / name, framework="pt") as handle:
+            headers[name] = dict(handle.metadata() or {})
+        weights |= {f"{Layout.prefix(name)}{k}": t for k, t in safetensors.torch.load_file(path / name).items()}
+    texts = {name: (path / name).read_text() for name in names if is_model(name) and not is_weights(name)}
     shadow = path / SHADOW
     return Snapshot(
         step=int(position.pop("step")),
-        weights=safetensors.torch.load_file(path / WEIGHTS),
-        metadata=metadata,
+        weights=weights,
+        layout=Layout(headers, texts),
         optimizer=safetensors.torch.load_file(path / OPTIMIZER),
         average=safetensors.torch.load_file(shadow) if shadow.exists() else None,
         position=position,

@@ -38,7 +38,7 @@ class Session:
         denoiser, *encoders = run.model.part_names
         rate_of = {denoiser: run.training.learning_rate} | {encoders[i]: rate for i, rate in rates.items()}
         groups = [
-            optim.FlatGroup.of(part, parameters, learning_rate=rate_of[part])
+            optim.flat_group(run.training.optimizer, part, parameters, learning_rate=rate_of[part])
             for part, parameters in adapter.parameters().items()
         ]
         learner = Learner(
@@ -55,8 +55,8 @@ class Session:
         return Snapshot(
             step=learner.step,
             weights=self.adapter.state(),
-            metadata=self.adapter.metadata(),
-            optimizer=optim.state(learner.optimizer, learner.groups),
+            layout=self.adapter.layout(),
+            optimizer=optim.state(learner.optimizer),
             average=learner.average.state() if learner.average else None,
             position={"scaler": learner.scaler.state_dict(), "identity": dict(identity)},
         )
@@ -65,7 +65,7 @@ class Session:
         """Go on from a checkpoint; raises `UserError` where it does not fit this run."""
         learner = self.learner
         self.adapter.restore(saved.weights)
-        optim.restore(learner.optimizer, learner.groups, saved.optimizer)
+        optim.restore(learner.optimizer, saved.optimizer)
         if learner.average is not None:
             if saved.average is None:
                 raise UserError(

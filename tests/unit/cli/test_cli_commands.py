@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -279,17 +280,30 @@ def test_export(recorded: Stages, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import gesso.micro
+    from gesso.micro import report
+
+    base = dict.fromkeys([row.key for row in (*report.LEARNT, *report.KEPT)], 0.25)
 
     def run(folder: Path, *, emit: Emit) -> Path:
         emit(Finished(1, seconds=1.0, peak_memory=0, outputs={}))
-        return folder / "before_after.png"
+        folder.mkdir(parents=True, exist_ok=True)
+        figures = {"base": base, "trained": base | {"identity_rate": 0.875}, "steps": 300, "seconds": {"all": 150}}
+        (folder / "figures.json").write_text(json.dumps(figures | {"counts": {"unseen": 64, "ordinary": 32}}))
+        return folder / "report.html"
 
-    story = types.ModuleType("gesso.micro.demo")
+    story, opened = types.ModuleType("gesso.micro.demo"), list[str]()
     story.run = run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "gesso.micro.demo", story)
     monkeypatch.setattr(gesso.micro, "demo", story, raising=False)
+    monkeypatch.setattr("typer.launch", opened.append)
     assert call("demo", "--folder", str(tmp_path / "d")) == 0
-    assert f"before and after: {tmp_path}/d/before_after.png" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert re.search(r"It is Aldar +25% -> 88%", said)
+    assert "64 pictures of Aldar" in said
+    assert f"report: {tmp_path}/d/report.html" in said
+    assert opened == []
+    assert call("demo", "--folder", str(tmp_path / "d"), "--open") == 0
+    assert opened == [f"{tmp_path}/d/report.html"]
 
 
 def test_doctor_finds_this_machine_sound(capsys: pytest.CaptureFixture[str]) -> None:

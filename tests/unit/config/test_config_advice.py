@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import tempfile
 from collections.abc import Callable
@@ -229,6 +230,73 @@ def test_forecast(tmp_path: Path, run: Callable[..., RunConfig]) -> None:
 )
 def test_parameter_counts(run: Callable[..., RunConfig], sets: list[str], parameters: int) -> None:
     assert numbers(advice.check(run(*sets))).parameters == parameters
+
+
+FULL = ("adapter.type=full", "training.precision=fp32", "training.learning_rate=1e-5")
+
+
+def test_full_fine_tuning_counts_every_weight(run: Callable[..., RunConfig]) -> None:
+    result = advice.check(run(*FULL))
+    assert not result.errors
+    assert not result.warnings
+    denoiser = numbers(result).parameters
+    assert denoiser == 2_567_000_000
+    both = numbers(advice.check(run(*FULL, "adapter.train_text_encoders=true", "training.ema.enabled=true")))
+    assert both.parameters is not None
+    assert both.parameters > denoiser
+    assert both.checkpoint_bytes == both.parameters * 24, "weights, two moments, average in float64 and float32"
+    assert both.memory_bytes is not None
+    assert both.memory_bytes > both.parameters * 24, "weights, gradient, two moments, average in float64"
+    assert both.disk_bytes > both.cache_bytes + both.checkpoint_bytes + 6 * GIB, "and the model in the end"
+    muon = numbers(advice.check(run(*FULL, "training.optimizer.type=muon")))
+    assert muon.checkpoint_bytes is not None
+    assert muon.checkpoint_bytes < denoiser * 12
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_full_fine_tuning_in_16_bits_is_an_error(run: Callable[..., RunConfig], precision: str) -> None:
+    errors = found(advice.check(run(*FULL, f"training.precision={precision}")), "error")
+    assert "float32 of its weights" in errors["training.precision"]
+    assert "write fp32" in errors["training.precision"]
+
+
+def test_rates_of_a_full_fine_tune(tiny_base: Path, run: Callable[..., RunConfig]) -> None:
+    warnings = found(advice.check(run(*FULL, "training.learning_rate=1e-3")), "warning")
+    assert "very high for a full fine-tune -> 1e-5 is usual" in warnings["training.learning_rate"]
+    small = ("data.resolution=64", "data.buckets.step=16", "training.learning_rate=1e-3", f"model.base={tiny_base}")
+    assert not advice.check(run(*FULL, *small)).warnings, "random weights want more"
+
+
+def test_the_folder_of_the_model_needs_a_name_of_its_own(run: Callable[..., RunConfig]) -> None:
+    for name in ("logs", "samples", "checkpoint-5"):
+        assert "choose another name" in found(advice.check(run(*FULL, f"name={name}")), "error")["name"]
+        assert not advice.check(run(f"name={name}")).errors, "a LoRA is a file"
+
+
+def test_muon_needs_a_torch_that_has_it(run: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    sets = ("training.optimizer.type=muon",)
+    assert not advice.check(run(*sets)).errors
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "2.8.1+cpu")
+    assert "needs torch 2.9 or newer; this is 2.8.1" in found(advice.check(run(*sets)), "error")[sets[0].split("=")[0]]
+
+
+@pytest.mark.parametrize("text_encoders", [False, True])
+def test_weights_of_a_small_model_are_counted(
+    tiny_base: Path, run: Callable[..., RunConfig], text_encoders: bool
+) -> None:
+    import torch
+
+    from gesso.families.sdxl import SDXL
+
+    sets = ("data.resolution=64", "data.buckets.step=16", f"model.base={tiny_base}")
+    on = f"adapter.train_text_encoders={str(text_encoders).lower()}"
+    result = numbers(advice.check(run(*FULL, *sets, on)))
+    parts = SDXL(base=str(tiny_base)).load(("denoiser", "text"), dtype=torch.float32, device=torch.device("cpu"))
+    networks = [parts.denoiser, *(parts.text_encoders if text_encoders else [])]
+    assert result.parameters == sum(p.numel() for network in networks for p in network.parameters())
+    assert result.checkpoint_bytes == result.parameters * 12
+    assert result.memory_bytes is None, "what its activations take is not known"
+    assert numbers(advice.check(run(*sets))).parameters is None
 
 
 def test_epochs_give_steps(run: Callable[..., RunConfig]) -> None:

@@ -20,6 +20,7 @@ from config_guides import (
     WANDB,
 )
 
+from gesso.adapters import Full
 from gesso.config import dialects, document, files
 from gesso.config.dialects import DialectReport
 from gesso.config.files import Loaded
@@ -189,7 +190,6 @@ def test_speed_and_text_encoder_fragments() -> None:
         (MEMORY, "training.enable_cpu_offload", "CPU offload comes in a later version"),
         (OUT_OF_MEMORY, "training.enable_cpu_offload", "CPU offload comes in a later version"),
         (IDENTITY, "consistency.enable_identity_loss", "the identity loss comes in a later version"),
-        ("model:\n  finetune_method: full\n", "model.finetune_method", "full fine-tuning comes in a later version"),
         ("training:\n  scale_lr: true\n", "training.scale_lr", "multiply it yourself"),
         ("training:\n  optimizer: prodigy\n", "training.optimizer", "this optimizer comes in a later version"),
         ("logging:\n  report_to: comet_ml\n", "logging.report_to", "comet_ml comes in a later version"),
@@ -218,7 +218,7 @@ def test_the_same_switched_off_is_accepted(text: str) -> None:
 
 def test_everything_refused_is_named_in_one_go() -> None:
     text = merged(PRIOR)
-    for extra in (IDENTITY, "model: {finetune_method: full}", "training: {enable_cpu_offload: true}"):
+    for extra in (IDENTITY, "logging: {report_to: comet_ml}", "training: {enable_cpu_offload: true}"):
         base = document.parse(text, file="x").data
         for section, values in document.parse(extra, file="x").data.items():
             base.setdefault(section, {}).update(values)
@@ -226,6 +226,18 @@ def test_everything_refused_is_named_in_one_go() -> None:
     found = problems(text.replace("rank: 64", "rank: 0"))
     assert len(found) == 5
     assert any("lora.rank must be at least 1, not 0" in one for one in found), "in the words of the file"
+
+
+def test_full_fine_tuning_leaves_the_settings_of_a_lora_out() -> None:
+    loaded = load(merged("model:\n  finetune_method: full\ntext_encoder:\n  train_text_encoder: true\n"))
+    assert loaded.run.adapter == Full(train_text_encoders=True)
+    left = {key: note for key, note in notes(report(loaded).ignored).items() if key.startswith("lora.")}
+    assert "lora.rank" in left
+    assert all("only a LoRA has it" in note for note in left.values())
+    flat = load("base_model: x\ntrain_data_dir: .\nmax_train_steps: 5\nfinetune_method: full\noptimizer: muon\n")
+    assert flat.run.adapter == Full()
+    assert flat.run.training.optimizer.type == "muon"
+    assert "adapter.rank" not in notes(report(flat).assumed)
 
 
 def test_dreambooth_without_prior_is_lora_on_the_instance_images() -> None:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gesso.adapters import Full, LoRA
 from gesso.config import files, presets
 from gesso.config.run import RunConfig
 from gesso.errors import Problems, UserError
@@ -75,6 +76,14 @@ def test_epochs_replace_the_steps_of_a_preset() -> None:
 def test_a_preset_can_be_chosen_by_set() -> None:
     run = files.load_text(MINIMAL, folder=Path("/data"), sets=["preset=style"]).run
     assert run.objective.min_snr_gamma == 5
+
+
+def test_what_a_preset_says_of_another_adapter_falls_away() -> None:
+    text = "preset: character\n" + MINIMAL + "adapter:\n  type: full\n"
+    assert files.load_text(text, folder=Path("/data")).run.adapter == Full()
+    assert files.load_text(text, folder=Path("/data"), sets=["adapter.type=lora"]).run.adapter == LoRA(rank=32)
+    (mistake,) = problems(text, "adapter.rank=4")
+    assert "--set adapter.rank=4: adapter.rank is only for type: lora" in mistake
 
 
 def test_sets_reach_list_items_and_add_new_ones() -> None:
@@ -206,6 +215,10 @@ schedule: 3
         (MINIMAL + "  Batch-Size: 2", "write batch_size"),
         (MINIMAL + "objective: {timestep_low: 0.9, timestep_high: 0.1}", "timestep_low must be below timestep_high"),
         (MINIMAL + "preset: carácter", "there is no preset"),
+        (MINIMAL + "adapter: {type: ful}", "adapter.type must be one of lora, full, not 'ful' -> did you mean full?"),
+        (MINIMAL + "adapter: full", "adapter must be a section with keys of its own, not 'full'"),
+        (MINIMAL + "adapter: {type: full, rank: 4}", "adapter.rank is only for type: lora -> leave it out, or write"),
+        (MINIMAL + "adapter: {rnk: 4}", "unknown key rnk in adapter -> did you mean rank?"),
     ],
 )
 def test_single_problems(text: str, words: str) -> None:

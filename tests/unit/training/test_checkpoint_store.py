@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -12,24 +13,37 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from gesso.config.run import Checkpoint
 from gesso.core import checkpoints
+from gesso.core.seams import Layout
 from gesso.errors import ResourceError, UserError
 from gesso.training import checkpoint
 from gesso.training.checkpoint import Snapshot, Store
 
+LORA = Layout({"pytorch_lora_weights.safetensors": {"lora_adapter_metadata": "{}"}})
+FULL = Layout(
+    {"unet/diffusion_pytorch_model.safetensors": {"format": "pt"}, "text_encoder/model.safetensors": {"format": "pt"}},
+    {"unet/config.json": '{"_class_name": "A"}\n', "text_encoder/config.json": "{}\n"},
+)
 
-def snapshot(step: int, *, average: bool = True) -> Snapshot:
+
+def snapshot(step: int, *, average: bool = True, layout: Layout = LORA) -> Snapshot:
     weights = {"unet.a.lora_A.weight": torch.full((2, 3), float(step)), "unet.a.lora_B.weight": torch.ones(3, 2)}
+    if layout is FULL:
+        weights |= {"text_encoder.b": torch.full((4,), -float(step)), "unet.count": torch.tensor([step])}
     return Snapshot(
         step=step,
         weights=weights,
-        metadata={"lora_adapter_metadata": "{}"},
+        layout=layout,
         optimizer={"unet.exp_avg": torch.arange(12.0) + step, "unet.step": torch.tensor(float(step))},
-        average={k: v / 2 for k, v in weights.items()} if average else None,
+        average={k: v.double() / 3 for k, v in weights.items() if v.is_floating_point()} if average else None,
         position={"identity": {"seed": 0}, "scaler": {}},
     )
+
+
+layouts = pytest.mark.parametrize("layout", [LORA, FULL], ids=["lora", "full"])
 
 
 def store(folder: Path, *, warnings: list[str] | None = None, **policy: int) -> Store:
@@ -37,13 +51,14 @@ def store(folder: Path, *, warnings: list[str] | None = None, **policy: int) -> 
     return Store(folder, Checkpoint(**policy), warn=told.append, tries=1, wait=0.0)
 
 
+@layouts
 @pytest.mark.parametrize("average", [True, False])
-def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path, average: bool) -> None:
-    saved = snapshot(5, average=average)
+def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path, average: bool, layout: Layout) -> None:
+    saved = snapshot(5, average=average, layout=layout)
     path = store(tmp_path).save(saved)
     assert path == tmp_path / "checkpoint-5"
     back = checkpoint.load(path)
-    assert (back.step, back.metadata, back.position) == (5, saved.metadata, saved.position)
+    assert (back.step, back.layout, back.position) == (5, saved.layout, saved.position)
     for name in ("weights", "optimizer", "average"):
         ours, theirs = vars(saved)[name], vars(back)[name]
         if ours is None:
@@ -52,6 +67,46 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path, average: bool) -> 
             assert ours.keys() == theirs.keys()
             assert all(torch.equal(ours[k], theirs[k]) for k in ours)
     assert not any(p.suffix in {".pt", ".bin", ".pkl"} for p in path.rglob("*"))
+
+
+def test_a_full_model_lies_in_a_folder_a_network_and_its_average_beside_it(tmp_path: Path) -> None:
+    saved = snapshot(5, layout=FULL)
+    assert saved.average is not None
+    path = store(tmp_path).save(saved)
+    unet = load_file(path / "unet" / "diffusion_pytorch_model.safetensors")
+    assert sorted(unet) == ["a.lora_A.weight", "a.lora_B.weight", "count"]
+    averaged = load_file(path / "ema" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert averaged.keys() == unet.keys(), "buffers, which have no average, are there too"
+    assert torch.equal(averaged["a.lora_A.weight"], saved.average["unet.a.lora_A.weight"].float())
+    assert averaged["count"].dtype == torch.int64
+    assert (path / "ema" / "text_encoder" / "config.json").read_text() == "{}\n"
+    files = [content for name, content in saved.files() if name.endswith("safetensors")]
+    numbers = sum(len(content) - 8 - int.from_bytes(content[:8], "little") for content in files)
+    assert saved.size == numbers - 8, "all but the second copy of the buffer"
+    assert all((path / name).is_file() for name, _ in saved.files())
+
+
+@layouts
+def test_every_folder_of_a_checkpoint_is_made_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Layout
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(checkpoint, "sync_folder", synced.append)
+    path = store(tmp_path).save(snapshot(5, layout=layout))
+    names = {p.relative_to(path) for p in (path, *path.rglob("*")) if p.is_dir()}
+    inside = [p for p in synced if p.name.startswith(".partial") or p.parent != tmp_path]
+    partial = next(p for p in inside if p.name.startswith(".partial"))
+    assert {p.relative_to(partial) for p in inside if p.is_relative_to(partial)} == names
+    assert tmp_path in synced
+
+
+@layouts
+def test_a_manifest_without_weights_is_a_fault(tmp_path: Path, layout: Layout) -> None:
+    path = store(tmp_path).save(snapshot(5, layout=layout))
+    manifest = json.loads((path / "manifest.json").read_text())
+    kept = {k: v for k, v in manifest.items() if k.split("/")[0] in ("state", "ema")}
+    (path / "manifest.json").write_text(json.dumps(kept))
+    assert checkpoints.faults(path) == ["no trained weights are listed"]
 
 
 def test_retention_keeps_the_newest_and_the_multiples(tmp_path: Path) -> None:
@@ -91,29 +146,32 @@ class Faults:
         return wrapped
 
 
-def operations_of_a_save(folder: Path) -> int:
+def operations_of_a_save(folder: Path, layout: Layout) -> int:
     with pytest.MonkeyPatch.context() as patch:
         counter = Faults(patch, at=-1, error=Crash())
-        store(folder, keep_last=1).save(snapshot(2))
+        store(folder, keep_last=1).save(snapshot(2, layout=layout))
     return counter.count
 
 
+@layouts
 @pytest.mark.parametrize("kind", ["crash", "ENOSPC", "EIO"])
-def test_a_failure_at_every_file_operation_keeps_the_older_checkpoint(tmp_path: Path, kind: str) -> None:
+def test_a_failure_at_every_file_operation_keeps_the_older_checkpoint(
+    tmp_path: Path, kind: str, layout: Layout
+) -> None:
     (tmp_path / "count").mkdir()
-    store(tmp_path / "count").save(snapshot(1))
-    total = operations_of_a_save(tmp_path / "count")
+    store(tmp_path / "count").save(snapshot(1, layout=layout))
+    total = operations_of_a_save(tmp_path / "count", layout)
     assert total >= 15
     survived = 0
     for at in range(1, total + 1):
         folder = tmp_path / f"{kind}-{at}"
         folder.mkdir()
-        store(folder, keep_last=1).save(snapshot(1))
+        store(folder, keep_last=1).save(snapshot(1, layout=layout))
         error: BaseException = Crash() if kind == "crash" else OSError(vars(errno)[kind], kind)
         with pytest.MonkeyPatch.context() as patch:
             Faults(patch, at=at, error=error)
             try:
-                store(folder, keep_last=1).save(snapshot(2))
+                store(folder, keep_last=1).save(snapshot(2, layout=layout))
                 survived += 1
             except (Crash, ResourceError, OSError):
                 pass
@@ -166,9 +224,10 @@ def mutate(path: Path, rng: random.Random) -> str:
     return f"{kind} {file.relative_to(path)}"
 
 
-def test_five_hundred_kinds_of_damage_are_all_seen(tmp_path: Path) -> None:
+@layouts
+def test_five_hundred_kinds_of_damage_are_all_seen(tmp_path: Path, layout: Layout) -> None:
     kept = store(tmp_path)
-    whole = kept.save(snapshot(1))
+    whole = kept.save(snapshot(1, layout=layout))
     original = {p.relative_to(whole): p.read_bytes() for p in whole.rglob("*") if p.is_file()}
     rng = random.Random(0)
     meant_the_same = 0

@@ -87,7 +87,8 @@ def collect(draft: Draft, item: Item, keys: Mapping[str, str]) -> None:
 
 def finish(draft: Draft, *, rank: int, why: str) -> Converted:
     """Apply all rules and check that the file names images and a length."""
-    if "rank" not in draft.items:
+    method = draft.items.get("finetune_method")
+    if "rank" not in draft.items and (method is None or method.value != "full"):
         draft.assume("adapter.rank", rank, why)
     needs_images = not {"train_data_dir", "dataset_name"} & set(draft.items)
     needs_length = not {"max_train_steps", "num_train_epochs"} & set(draft.items)

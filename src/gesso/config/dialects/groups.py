@@ -43,7 +43,10 @@ def _method(draft: Draft) -> None:
                 why = "dreambooth without prior preservation is LoRA training on the instance images"
                 draft.assume("objective.type", "denoise", why)
         case "full":
-            draft.refuse(item, "full fine-tuning comes in a later version", fix="write lora")
+            draft.set("adapter.type", "full", item)
+            for name in ("rank", "lora_alpha", "lora_dropout", "target_modules"):
+                if extra := draft.take(name):
+                    draft.ignore(extra, "only a LoRA has it")
         case _:
             draft.problem(item, f"{item.key} must be lora, full or dreambooth, not {show(item.value)}")
 
@@ -147,8 +150,8 @@ def _optimizer(draft: Draft) -> None:
     kind = "adamw"
     if item is not None:
         kind = re.sub(r"[-_]", "", str(item.value).lower())
-        if kind not in ("adam", "adamw", "adamw8bit"):
-            draft.refuse(item, "this optimizer comes in a later version", fix="write adamw or adamw8bit")
+        if kind not in ("adam", "adamw", "adamw8bit", "muon"):
+            draft.refuse(item, "this optimizer comes in a later version", fix="write adamw, adamw8bit or muon")
             kind = "adamw"
         elif kind == "adam":
             draft.refuse(item, "Adam couples weight decay with the gradient", fix="write adamw")
