@@ -12,7 +12,7 @@ from quality_helpers import BASE, draw, opened, teach
 from gesso.micro import captions, score, world
 from gesso.micro.lessons import CHARACTER
 
-STEPS = 120
+STEPS = 200
 ORDINARY, UNSEEN = 48, 16
 
 

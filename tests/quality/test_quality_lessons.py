@@ -119,7 +119,7 @@ def test_captions_decide_what_is_learnt(tmp_path: Path) -> None:
         it.with_suffix(".txt").write_text(him.with_suffix(".txt").read_text(), encoding="utf-8")
         text = (tmp_path / "object" / "pictures" / f"{i:02d}.txt").read_text()
         him.with_suffix(".txt").write_text(text, encoding="utf-8")
-    pipeline = opened(teach(tmp_path, CHARACTER, steps=150))
+    pipeline = opened(teach(tmp_path, CHARACTER, steps=200))
     called = {lesson.name: draw(pipeline, lesson.prompts(10)) for lesson in (CHARACTER, OBJECT)}
     rates = {(name, asked): share(lesson.learnt, called[asked])
              for name, lesson in ((CHARACTER.name, CHARACTER), (OBJECT.name, OBJECT))
@@ -134,7 +134,7 @@ def test_captions_decide_what_is_learnt(tmp_path: Path) -> None:
 def test_text_encoders_learn_too(tmp_path: Path, base: Any, taught_pipeline: Any, unseen: list[str]) -> None:
     """On, both encoders answer otherwise and the lesson is learnt all the same; off, they answer as ever."""
     sets = ["adapter.train_text_encoders=true", "training.text_encoder_learning_rates=5e-4"]
-    pipeline = opened(teach(tmp_path, CHARACTER, steps=100, sets=sets))
+    pipeline = opened(teach(tmp_path, CHARACTER, steps=150, sets=sets))
     before, after, still = (_answers(p, unseen[0]) for p in (base, pipeline, taught_pipeline))
     for name, answer in before.items():
         assert torch.equal(still[name], answer), f"{name} changed though it did not train"

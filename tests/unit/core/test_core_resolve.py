@@ -134,3 +134,14 @@ def test_a_memory_that_cannot_be_kept_changes_nothing(tmp_path: Path) -> None:
     paths = files(tmp_path / "one", a="first")
     wanted = resolve.fingerprint(paths, memo=tmp_path / "memo.json")
     assert resolve.fingerprint(paths, memo=tmp_path / "file" / "memo.json") == wanted
+
+
+def test_a_packaged_model_is_found_by_its_name() -> None:
+    folder = resolve.locate("micro:sdxl")
+    assert (folder / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["micro:sd15", "micro:", "micro:../weights/sdxl", "micro:sdxl/unet"])
+def test_a_packaged_model_that_is_not_there_is_named_with_those_that_are(name: str) -> None:
+    with pytest.raises(UserError, match=r"the package holds no model (.|\n)*micro:clip, micro:identity, micro:sdxl"):
+        resolve.locate(name)

@@ -69,8 +69,10 @@ def test_every_network_was_trained(made: dict[str, Path]) -> None:
             {k.removeprefix("text_model."): t for k, t in load_file(folder / part / f"{name}.safetensors").items()}
             for folder in (run.parent / "start", run / "checkpoint-2")
         )
-        moved = [key for key in before if not torch.equal(before[key], after[key])]
-        assert len(moved) > 0.8 * len(before), part
+        still = {key for key in before if torch.equal(before[key], after[key])}
+        # SDXL reads the last but one layer of its first encoder, so that what comes after it has nothing to learn.
+        unread = ("encoder.layers.1.", "final_layer_norm.") if part == "text_encoder" else ()
+        assert not {key for key in still if not key.startswith(unread)}, part
     vae = AutoencoderKL.from_pretrained(made["vae"])
     assert torch.equal(
         vae.encoder.conv_in.weight.half(),
