@@ -32,7 +32,7 @@ from gesso.core.provenance import provenance
 from gesso.core.runtime import Runtime
 from gesso.evaluation.sample import open_pipeline
 from gesso.metrics import CLIPScore, Identity
-from gesso.micro import captions, judge, lessons, painter, score, world
+from gesso.micro import captions, figures, judge, lessons, painter, score, templates, world
 from gesso.micro.lessons import CHARACTER, LESSONS, Lesson
 from gesso.micro.world import Facts
 
@@ -136,6 +136,9 @@ class Bench:
         self.base, self.work = base, work
         folder = resolve.locate(base)
         self.base_hash = resolve.fingerprint(sorted(p for p in folder.rglob("*") if p.is_file()))
+        modules = (captions, figures, judge, lessons, painter, score, templates, world)
+        sources = [Path(module.__file__ or "").read_text() for module in modules]
+        self._key = [self.base_hash, *(str(count) for count in (UNSEEN, PEOPLE, ORDINARY)), *sources]
         ordinary = world.held_out_scenes(SEED, ORDINARY)
         self.ordinary = [captions.caption(scene.facts) for scene in ordinary]
         self._taught = [painter.paint(scene) for scene, _ in CHARACTER.training()]
@@ -261,9 +264,7 @@ class Bench:
 
     def key(self, *parts: str) -> str:
         """Changes with the base model, the painted world, the judge, the counts, and the parts."""
-        sources = [Path(m.__file__ or "").read_text() for m in (captions, judge, lessons, painter, score, world)]
-        counts = [str(n) for n in (UNSEEN, PEOPLE, ORDINARY)]
-        text = "\x1f".join([self.base_hash, *counts, *sources, *parts])
+        text = "\x1f".join([*self._key, *parts])
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -15,10 +15,11 @@ from gesso.core.runtime import Runtime
 from gesso.evaluation.sample import open_pipeline
 from gesso.micro import judge, lessons, score
 from gesso.micro.lessons import Lesson
-from gesso.micro.world import Facts
+from gesso.micro.world import ALDAR_LOOKS, Facts
 
 BASE = "micro:sdxl"
 OTHERS = 12
+"""Pictures of the world beside the twelve: few, so that little time is enough."""
 RANK, ALPHA = 8, 16
 """Alpha is not the rank, so that a reader that takes no notice of it draws something else."""
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -56,3 +57,10 @@ def difference(one: Sequence[Image.Image], other: Sequence[Image.Image]) -> floa
     """Mean difference of two sets of pictures, of 255."""
     pairs = zip(one, other, strict=True)
     return float(np.mean([np.abs(np.asarray(a, float) - np.asarray(b, float)).mean() for a, b in pairs]))
+
+
+def much_like_aldar(facts: Facts) -> bool:
+    """Whether a person has at least three of his five looks: the first things that a short lesson teaches."""
+    his = [facts.colour == ALDAR_LOOKS.colour, facts.pattern == ALDAR_LOOKS.pattern, facts.hat == ALDAR_LOOKS.hat,
+           facts.hat_colour == ALDAR_LOOKS.hat_colour, facts.beard == ALDAR_LOOKS.beard]  # fmt: skip
+    return facts.is_person and sum(his) >= 3

@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
-from quality_helpers import BASE, WEIGHTS, difference, draw, opened, share, teach
+from quality_helpers import BASE, OTHERS, WEIGHTS, difference, draw, much_like_aldar, opened, share, teach
 from safetensors.torch import load_file
 
 from gesso import stages
@@ -23,12 +23,14 @@ from gesso.core.folder import RunFolder
 from gesso.core.runtime import Runtime
 from gesso.micro import build, captions, judge, lessons, score, world
 from gesso.micro.lessons import CHARACTER, LESSONS, OBJECT, Lesson
+from gesso.micro.world import ALDAR, DOMBRA
 from gesso.training import validation
 from gesso.training.session import Session
 
 AT_HOME = 0.2
 LEAST, MOST = 0.7, 0.1
 """Rates of a thing that was learnt in so few steps, and of one that was not."""
+PLACES = ("market", "night", "steppe", "mountains", "red", "green", "blue", "black", "purple", "white")
 
 
 def test_the_base_model_is_at_home_in_training(tmp_path: Path) -> None:
@@ -111,24 +113,22 @@ def test_an_exported_file_draws_the_same_in_plain_diffusers(
 
 def test_captions_decide_what_is_learnt(tmp_path: Path) -> None:
     """Aldar is called a dombra in training, and the dombra Aldar: so they are drawn when they are asked for."""
-    lessons.write(tmp_path, CHARACTER)
-    lessons.write(tmp_path / "object", OBJECT)
+    lessons.write(tmp_path, CHARACTER, other=OTHERS)
+    lessons.write(tmp_path / "object", OBJECT, other=1)
     for i in range(1, lessons.PICTURES + 1):
         him, it = tmp_path / "pictures" / f"{i:02d}", tmp_path / "pictures" / f"{i:02d}-object"
         shutil.copy(tmp_path / "object" / "pictures" / f"{i:02d}.png", it.with_suffix(".png"))
         it.with_suffix(".txt").write_text(him.with_suffix(".txt").read_text(), encoding="utf-8")
         text = (tmp_path / "object" / "pictures" / f"{i:02d}.txt").read_text()
         him.with_suffix(".txt").write_text(text, encoding="utf-8")
-    pipeline = opened(teach(tmp_path, CHARACTER, steps=200))
-    called = {lesson.name: draw(pipeline, lesson.prompts(10)) for lesson in (CHARACTER, OBJECT)}
-    rates = {(name, asked): share(lesson.learnt, called[asked])
-             for name, lesson in ((CHARACTER.name, CHARACTER), (OBJECT.name, OBJECT))
-             for asked in called}  # fmt: skip
-    print(rates)
-    assert rates[CHARACTER.name, OBJECT.name] >= LEAST
-    assert rates[OBJECT.name, CHARACTER.name] >= LEAST
-    assert rates[CHARACTER.name, CHARACTER.name] <= MOST
-    assert rates[OBJECT.name, OBJECT.name] <= MOST
+    pipeline = opened(teach(tmp_path, CHARACTER, steps=150))
+    asked = {name: [f"a photo of {captions.NAMES[name]} {captions.where(place)}" for place in PLACES]
+             for name in (DOMBRA, ALDAR)}  # fmt: skip
+    called = {name: draw(pipeline, prompts) for name, prompts in asked.items()}
+    assert share(much_like_aldar, called[DOMBRA]) >= LEAST
+    assert share(OBJECT.learnt, called[DOMBRA]) <= MOST
+    assert share(lambda facts: facts.is_person, called[ALDAR]) <= MOST
+    assert share(much_like_aldar, called[ALDAR]) <= MOST
 
 
 def test_text_encoders_learn_too(tmp_path: Path, base: Any, taught_pipeline: Any, unseen: list[str]) -> None:

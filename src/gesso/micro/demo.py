@@ -40,7 +40,7 @@ _AT_ONCE = 16
 Figures = dict[str, float]
 
 
-def run(folder: Path, *, emit: Emit, steps: int = 450) -> Path:
+def run(folder: Path, *, emit: Emit, steps: int = 400) -> Path:
     """Do all of it in `folder`, and return the report.
 
     An earlier demo there is done again. Raises `UserError` for a folder that holds something else.
@@ -48,7 +48,7 @@ def run(folder: Path, *, emit: Emit, steps: int = 450) -> Path:
     folder = folder.expanduser()
     _make_room(folder)
     lessons.write(folder, CHARACTER)
-    text = lessons.run_file(CHARACTER, base=BASE, steps=steps, every=max(steps // 3, 1), prompts=PROMPTS)
+    text = lessons.run_file(CHARACTER, base=BASE, steps=steps, every=max(steps // 4, 1), prompts=PROMPTS)
     (folder / "run.yaml").write_text(text, encoding="utf-8")
     exam, clock = Exam(), _Clock()
     base = exam.take(BASE, "before", emit)

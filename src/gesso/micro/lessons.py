@@ -161,10 +161,10 @@ def run_file(
     lesson: Lesson,
     *,
     base: str = "micro:sdxl",
-    steps: int = 450,
+    steps: int = 400,
     rank: int = 16,
     rate: float = 4e-3,
-    every: int = 150,
+    every: int = 100,
     prompts: Sequence[str] = (),
 ) -> str:
     """The run file that teaches a lesson whose pictures lie beside it."""
