@@ -32,7 +32,7 @@ from gesso.core.provenance import provenance
 from gesso.core.runtime import Runtime
 from gesso.evaluation.sample import open_pipeline
 from gesso.metrics import CLIPScore, Identity
-from gesso.micro import captions, figures, judge, lessons, painter, score, templates, world
+from gesso.micro import captions, judge, lessons, painter, score, world
 from gesso.micro.lessons import CHARACTER, LESSONS, Lesson
 from gesso.micro.world import Facts
 
@@ -47,6 +47,8 @@ OVERDONE = 10
 """An overdone lesson is this many times as long, with nothing beside the twelve pictures, at a constant rate."""
 WATCHED = (1, 3, 10)
 """At these multiples of the usual length the overdone lesson is measured."""
+SOURCES = ("captions", "figures", "judge", "lessons", "painter", "score", "templates", "world")
+"""Modules of `gesso.micro` that every figure depends on."""
 
 Figures = dict[str, Any]
 
@@ -136,8 +138,7 @@ class Bench:
         self.base, self.work = base, work
         folder = resolve.locate(base)
         self.base_hash = resolve.fingerprint(sorted(p for p in folder.rglob("*") if p.is_file()))
-        modules = (captions, figures, judge, lessons, painter, score, templates, world)
-        sources = [Path(module.__file__ or "").read_text() for module in modules]
+        sources = [Path(world.__file__).with_name(f"{name}.py").read_text() for name in SOURCES]
         self._key = [self.base_hash, *(str(count) for count in (UNSEEN, PEOPLE, ORDINARY)), *sources]
         ordinary = world.held_out_scenes(SEED, ORDINARY)
         self.ordinary = [captions.caption(scene.facts) for scene in ordinary]
