@@ -36,6 +36,7 @@ STEP = "tests/quality/test_quality_whole_step.py"
 STEP_CAPTIONS = f"{STEP}::test_the_denoiser_reads_the_caption_of_the_picture_as_diffusers_encodes_it"
 STEP_SIZES = f"{STEP}::test_the_denoiser_is_told_the_size_and_crop_that_diffusers_would_tell"
 STEP_NOISE = f"{STEP}::test_the_denoiser_sees_the_picture_of_the_file_at_the_noise_level_of_diffusers"
+STEP_FILES = f"{STEP}::test_every_file_of_a_run_carries_the_strength_that_was_trained"
 STEP_LOSS = f"{STEP}::test_the_loss_is_the_weighted_error_in_the_noise"
 LESSONS = "tests/quality/test_quality_lessons.py"
 LAWS = "tests/laws"
@@ -90,14 +91,14 @@ ASKED = (
         "export/lora.py",
         'tensors[f"{names[layer]}.alpha"] = _alpha(pair, dtype)',
         'tensors[f"{names[layer]}.alpha"] = torch.tensor(float(pair.rank)).to(dtype)',
-        (f"{LESSONS}::test_an_exported_file_draws_the_same_in_plain_diffusers", *EXPORT),
+        (STEP_FILES, *EXPORT),
     ),
     Fault(
         "alpha ignored at export, diffusers' format",
         "export/lora.py",
         "if fold_alpha else settings\n",
         "\n",
-        (f"{LESSONS}::test_an_exported_file_draws_the_same_in_plain_diffusers", *EXPORT),
+        (STEP_FILES, *EXPORT),
     ),
     Fault(
         "alpha ignored in checkpoints",
@@ -105,7 +106,7 @@ ASKED = (
         'del config["auto_mapping"]',
         'del config["auto_mapping"]\n            config["lora_alpha"] = config["r"]',
         (
-            f"{LESSONS}::test_an_exported_file_draws_the_same_in_plain_diffusers",
+            STEP_FILES,
             f"{ORACLES}/test_oracle_lora.py::test_diffusers_loads_the_same_model",
         ),
     ),

@@ -176,3 +176,41 @@ def test_the_average_is_that_of_the_weights_that_were_saved(make_run: Callable[.
         torch.testing.assert_close(tensor.double(), wanted[key], rtol=1e-5, atol=1e-9)
     gap = max(float((found[key] - saved[-1][key]).abs().max()) for key in found)
     assert gap > 1e-5, "the average equals the weights, so the comparison proves nothing"
+
+
+def test_every_file_of_a_run_carries_the_strength_that_was_trained(
+    make_run: Callable[..., RunConfig], tiny_base: Path, tmp_path: Path
+) -> None:
+    """Merged by plain diffusers, each adds (alpha / rank) B A to the weights: by the checkpoint, both formats, all."""
+    rank, alpha = 4, 6
+    run = make_run("run", adapter={"rank": rank, "alpha": alpha, "train_text_encoders": True}, training__steps=3)
+    where = stages.train(run)
+    trained = load_file(where / "checkpoint-3" / "ema" / "pytorch_lora_weights.safetensors")
+    layers = sorted(name.removesuffix(".lora_A.weight") for name in trained if name.endswith(".lora_A.weight"))
+    wanted = {
+        name: alpha / rank * trained[f"{name}.lora_B.weight"] @ trained[f"{name}.lora_A.weight"] for name in layers
+    }
+    files = [where / "checkpoint-3" / "ema", where / "run.safetensors"]
+    files += [stages.export(str(where), format=f, output=tmp_path / f"{f}.safetensors") for f in ("diffusers", "kohya")]
+    before = weights(StableDiffusionXLPipeline.from_pretrained(tiny_base))
+    assert {name for name in wanted if name in before} == wanted.keys()
+    largest = max(float(delta.abs().max()) for delta in wanted.values())
+    for file in files:
+        pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_base)
+        pipeline.load_lora_weights(file)
+        pipeline.fuse_lora(components=["unet", "text_encoder", "text_encoder_2"])
+        pipeline.unload_lora_weights()
+        after = weights(pipeline)
+        for name, delta in wanted.items():
+            torch.testing.assert_close(after[name] - before[name], delta, rtol=0, atol=0.02 * largest, msg=str(file))
+
+
+def weights(pipeline: Any) -> dict[str, torch.Tensor]:
+    """Copies of the linear layers' weights, under the names that LoRA files have for them."""
+    found = {}
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        for name, tensor in pipeline.components[part].state_dict().items():
+            path = name.removeprefix("text_model.")
+            prefix = f"{part}." if part == "unet" else f"{part}.text_model."
+            found[f"{prefix}{path}".removesuffix(".weight")] = tensor.detach().clone()
+    return found
