@@ -50,6 +50,7 @@ _ENVIRONMENT = """\
 |---|---|
 | `GESSO_CACHE` | Folder for encoded pictures and captions where the run file names none (`data.cache`). |
 | `GESSO_DEBUG` | `1` shows the traceback with every error. |
+| `OPENAI_API_KEY` | The key of `gesso dataset caption --with openai`, for OpenAI's own server. |
 | `HF_HOME`, `HF_HUB_CACHE`, `HF_HUB_OFFLINE`, `HF_TOKEN` | Read by the Hugging Face libraries: where models are \
 kept, no network, login. |
 """
@@ -192,7 +193,7 @@ def _command(name: str, callback: Callable[..., Any]) -> str:
         if isinstance(info, ArgumentInfo):
             label = info.metavar or parameter.name.upper()
             arguments.append(label if needed else f"[{label}]")
-            shown = f"`{label}`"
+            shown = f"`{_cell(label)}`"
         else:
             shown = _option(parameter, info)
         rows.append(f"| {shown} | {_cell(info.help or '')} | {_option_default(parameter)} |")

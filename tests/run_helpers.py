@@ -24,7 +24,7 @@ def settings(
             "sources": [{"path": str(pictures)}],
             "resolution": 64,
             "buckets": {"step": 16},
-            "caption_dropout": 0.2,
+            "captions": {"dropout": 0.2},
             "flip": True,
             "cache": str(encodings),
             "workers": 0,

@@ -1,4 +1,5 @@
-"""What Gesso teaches, measured: a character, an object and a style, each from twelve pictures, and one lesson overdone.
+"""What Gesso teaches, measured: a character and an object from twelve pictures each, a style from thirty-six, and one
+lesson overdone.
 
     make quality            # or: python benchmarks/quality/lessons.py
 
@@ -41,8 +42,8 @@ PAGE = HERE.parents[1] / "docs" / "quality.md"
 SEED = score.SEED
 UNSEEN, PEOPLE, ORDINARY = 64, 64, 48
 """Pictures: of a lesson's prompts, of "a person", and of held-out prompts of the world that every model knows."""
-STEPS = 400
-"""Length of a lesson; its rank and rate are those of `gesso.micro.lessons`."""
+STEPS = CHARACTER.steps
+"""Length of the lesson that is overdone; length, rank and rate of all are those of `gesso.micro.lessons`."""
 OVERDONE = 10
 """An overdone lesson is this many times as long, with nothing beside the twelve pictures, at a constant rate."""
 WATCHED = (1, 3, 10)
@@ -215,7 +216,7 @@ class Bench:
 
     def run_file(self, lesson: Lesson) -> str:
         """The run file of a lesson at its usual length."""
-        return lessons.run_file(lesson, base=self.base, steps=STEPS, every=STEPS // 2)
+        return lessons.run_file(lesson, base=self.base, every=lesson.steps // 2)
 
     def of_lesson(self, lesson: Lesson, pipeline: Any) -> Figures:
         """The share of pictures of its unseen prompts that show what it teaches."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from gesso.config.run import RunConfig, Source
 from gesso.core.runtime import Precision, Runtime
 from gesso.data import sources
 from gesso.data.buckets import assign
-from gesso.data.images import decode, fit
+from gesso.data.images import decode_bytes, fit
 from gesso.errors import UserError
 from gesso.evaluation import sample as sampling
 from gesso.stages import export as export_lora
@@ -67,7 +68,10 @@ class StoryboardDataset(Dataset[dict[str, Any]]):
         caption_column: str | None = None,
     ) -> None:
         self.source = Source(
-            path=Path(data_dir), metadata=metadata_file, image_column=image_column, caption_column=caption_column
+            path=os.fspath(data_dir),
+            metadata=metadata_file,
+            image_column=image_column,
+            caption_column=caption_column,
         )
         self.resolution, self.tokenizer = resolution, tokenizer
         self.records, _ = sources.records([self.source])
@@ -77,7 +81,7 @@ class StoryboardDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.records[index]
-        image = decode(record.path)
+        image = decode_bytes(record.place.read(), path=record.place).image
         side = self.resolution // 8 * 8
         pixels, _ = fit(image, assign(*image.size, sizes=[(side, side)], step=8))
         item: dict[str, Any] = {"pixel_values": torch.from_numpy(pixels), "prompt": record.caption}
@@ -171,7 +175,6 @@ def _loader_settings(loader: DataLoader[Any]) -> dict[str, Any]:
             fix="use a gesso.StoryboardDataset, or list the folder under data.sources",
         )
     source = loader.dataset.source.model_dump(mode="json")
-    source["path"] = str(Path(source["path"]).expanduser().absolute())
     settings: dict[str, Any] = {"data.sources": [source], "data.resolution": loader.dataset.resolution}
     return settings | ({"training.batch_size": loader.batch_size} if loader.batch_size else {})
 

@@ -33,6 +33,9 @@ class Denoise(Spec):
     timestep_high: float = Field(default=1.0, gt=0, le=1)
     """Train only on timesteps below this fraction of the range (1 = most noise)."""
 
+    unmasked_weight: float = Field(default=0.0, ge=0, le=1)
+    """What the loss outside of a mask counts; see `data.sources[].mask`."""
+
     @model_validator(mode="after")
     def _range(self) -> Denoise:
         if self.timestep_low >= self.timestep_high:
@@ -49,8 +52,17 @@ class Denoise(Spec):
         noisy = policy.noise.corrupt(batch.latents, mixed, t)
         prediction = policy.predict(noisy, t, policy.condition(batch))
         target = policy.noise.target(batch.latents, noise, t)
-        per_sample = self._distance(prediction.float(), target).flatten(1).mean(1)
+        per_sample = self._mean(self._distance(prediction.float(), target), batch.mask)
         return per_sample * policy.noise.weight(t, min_snr_gamma=self.min_snr_gamma) * batch.weights
+
+    def _mean(self, distance: Tensor, mask: Tensor | None) -> Tensor:
+        """Mean over channels and cells [B], weighted by the mask: sum(m d) / sum(m), so a small mask counts no less."""
+        if mask is None:
+            return distance.flatten(1).mean(1)
+        weights = self.unmasked_weight + (1 - self.unmasked_weight) * mask
+        # A mask that a crop has emptied gives a loss of zero and not of nothing over nothing.
+        area = weights.flatten(1).mean(1).clamp(min=1e-6)
+        return (distance * weights).flatten(1).mean(1) / area
 
     def _noise(self, batch: Batch) -> Tensor:
         if not self.noise_offset:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,25 +15,20 @@ from gesso.adapters import Full
 from gesso.config import files
 from gesso.config.run import RunConfig
 from gesso.core import checkpoints
-from gesso.core.batch import Batch
 from gesso.core.checkpoints import AVERAGE
-from gesso.core.events import Event, Finished, Progress, RunStarted, Saved, Validated, Warned
+from gesso.core.events import Event, Finished, RunStarted, Saved, Validated, Warned
 from gesso.core.folder import WEIGHTS, RunFolder, write_atomic, write_json
 from gesso.core.provenance import provenance
 from gesso.core.runtime import Precision, Runtime, out_of_memory_explained
-from gesso.core.seams import Emit, Parts
+from gesso.core.seams import Emit
 from gesso.core.signals import stop_requests
-from gesso.data import index as dataset
-from gesso.data.buckets import Plan
-from gesso.data.cache import LatentCache, Store, TextCache
-from gesso.data.loader import Loader
 from gesso.errors import Interrupted, NumericError, UserError
-from gesso.evaluation import preview
 from gesso.evaluation import sample as sampling
 from gesso.evaluation.preview import Previewer
 from gesso.evaluation.sample import Shot
 from gesso.export import hub, lora, pipeline
 from gesso.export.lora import About, Format
+from gesso.prepare import Prepared, prepare
 from gesso.trackers import RunLog
 from gesso.training import checkpoint, loop, validation
 from gesso.training import resume as continuity
@@ -91,73 +85,6 @@ def train(run: RunConfig, *, resume: str | None = None, accept: Collection[str] 
     return folder.path
 
 
-# Prepare: pictures and captions become cached encodings and a stream of batches.
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """The data of a run, encoded, and the networks that are still needed."""
-
-    stream: Loader
-    held_out: list[Batch]
-    samples: int
-    previewer: Previewer | None
-    parts: Parts
-    hashes: dict[str, str]
-
-
-def prepare(run: RunConfig, folder: RunFolder, runtime: Runtime, tell: Emit) -> Prepared:
-    """Index the pictures, plan every step, encode what is not cached yet, and let go of the encoders."""
-    family = run.model
-    index = dataset.build(run.data, progress=lambda done, all_: tell(Progress(0, "reading images", done, all_)))
-    batch_size, accumulation = run.training.batch_size, run.training.accumulation
-    plan = Plan(
-        index.rows,
-        data=run.data,
-        batch_size=batch_size,
-        accumulation=accumulation,
-        seed=run.seed,
-        multiple=family.latent_factor,
-    )
-    for notice in [*index.notices, *plan.notices]:
-        tell(Warned(0, notice))
-    total = run.training.total_steps(plan.steps_per_epoch)
-    hashes = {"data": index.fingerprint} | {name: family.fingerprint(name) for name in ("denoiser", "vae", "text")}
-
-    parts = family.load({"vae", "text"}, dtype=runtime.dtype, device=runtime.device)
-    _warn_of_cut_captions(run, parts, plan, tell)
-    store = Store(dataset.cache_folder(run.data) / "encodings")
-    latents = LatentCache(store, fingerprint=hashes["vae"], dtype=torch.float32, background=run.data.background)
-    latents.fill(plan.renditions(range(total)), family=family, parts=parts, device=runtime.device, emit=tell)
-    live_text = bool(text_encoder_rates(run))
-    text = None if live_text else TextCache(store, fingerprint=hashes["text"], dtype=runtime.dtype)
-    if text is not None:
-        text.fill(plan.captions, family=family, parts=parts, emit=tell)
-
-    shots = preview.shots(run)
-    embeddings = sampling.encode(family.pipeline(parts), shots) if shots and not live_text else None
-    previewer = Previewer(shots, embeddings, folder, model=family.base) if shots else None
-    parts.vae = parts.vae.to("cpu") if previewer and parts.vae else None
-    if not live_text:
-        parts.text_encoders, parts.tokenizers = [], []
-    runtime.release()
-    stream = Loader(plan, latents=latents, text=text, family=family, workers=run.data.workers, stop=total)
-    held_out = stream.validation_batches(run.validation.timesteps)
-    return Prepared(stream, held_out, plan.visits_per_epoch, previewer, parts, hashes)
-
-
-def _warn_of_cut_captions(run: RunConfig, parts: Parts, plan: Plan, tell: Emit) -> None:
-    if cut := run.model.overlong(parts.tokenizers, plan.captions):
-        example = cut[0][:60]
-        tell(
-            Warned(
-                0,
-                f"{len(cut)} of {len(plan.captions)} captions are longer than the text encoders read and lose their "
-                f"end, such as '{example}...'. Shorten them, or set model.long_prompts to chunk",
-            )
-        )
-
-
 # Train: the loop, and what happens between its steps.
 
 
@@ -180,7 +107,7 @@ def _learn(
 
     def show(step: int) -> None:
         if data.previewer is not None:
-            _draw_previews(session, data.previewer, runtime, step, tell)
+            _draw_previews(session, data.previewer, runtime, data.vae_home, step, tell)
 
     def save(step: int) -> None:
         began = time.monotonic()
@@ -229,7 +156,9 @@ def _trained(run: RunConfig, session: Session, last: Path) -> lora.Trained | pip
         return lora.Trained.of(run, session.parts, session.adapter)
 
 
-def _draw_previews(session: Session, previewer: Previewer, runtime: Runtime, step: int, tell: Emit) -> None:
+def _draw_previews(
+    session: Session, previewer: Previewer, runtime: Runtime, vae_home: torch.device, step: int, tell: Emit
+) -> None:
     """Draw with the model as it is, then put everything back; a picture that fails does not stop the run."""
     parts = session.parts
     assert parts.vae is not None
@@ -240,7 +169,7 @@ def _draw_previews(session: Session, previewer: Previewer, runtime: Runtime, ste
     except NumericError as error:
         tell(Warned(step, f"no previews at step {step}: {error.what}"))
     finally:
-        parts.vae.to("cpu")
+        parts.vae.to(vae_home)
         runtime.release()
 
 

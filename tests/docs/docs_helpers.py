@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-README, GUIDE, REFERENCE = ROOT / "README.md", ROOT / "docs" / "guide.md", ROOT / "docs" / "reference.md"
+README, REFERENCE = ROOT / "README.md", ROOT / "docs" / "reference.md"
+GUIDE, DATA = ROOT / "docs" / "guide.md", ROOT / "docs" / "data.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks").rglob("*.md"))]
 
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+_BAR = re.compile(r"(?<!\\)\|")
 _SPAN = re.compile(r"`([^`]+)`")
 
 
@@ -57,7 +59,7 @@ def tables(page: Path) -> Iterator[list[list[str]]]:
     for paragraph in prose(page).split("\n\n"):
         lines = [line for line in paragraph.strip().splitlines() if line.startswith("|")]
         if len(lines) > 2:
-            yield [[cell.strip() for cell in line.strip("|").split(" | ")] for line in [lines[0], *lines[2:]]]
+            yield [[cell.strip() for cell in _BAR.split(line.strip()[1:-1])] for line in [lines[0], *lines[2:]]]
 
 
 def spans(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""What README and guide show is true: files load, commands and options exist, old keys become the new ones named."""
+"""What the pages show is true: files load, commands and options exist, old keys become the new ones named."""
 
 from __future__ import annotations
 
@@ -11,26 +11,43 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
-from docs_helpers import GUIDE, PAGES, README, ROOT, Block, anchors, blocks, links, prose, source_strings, spans, tables
+from docs_helpers import (
+    DATA,
+    GUIDE,
+    PAGES,
+    README,
+    ROOT,
+    Block,
+    anchors,
+    blocks,
+    links,
+    prose,
+    source_strings,
+    spans,
+    tables,
+)
+from PIL import Image
 
 from gesso import errors
 from gesso.cli import failure, show
 from gesso.cli.app import app
 from gesso.config import advice, dialects, document, files, presets, schema
-from gesso.config.forecast import forecast
 from gesso.config.run import RunConfig, Source
+from gesso.data.preflight import preflight
 
-YAML = [block for page in (README, GUIDE) for block in blocks(page, "yaml")]
+TAUGHT = (README, GUIDE, DATA)
+YAML = [block for page in TAUGHT for block in blocks(page, "yaml")]
 COMMANDS = [
     (block.where, line)
-    for page in (README, GUIDE)
+    for page in TAUGHT
     for block in blocks(page, "bash")
     for line in block.text.replace("\\\n", " ").splitlines()
     if line.startswith("gesso ")
 ]
-PYTHON = [block for page in (README, GUIDE) for block in blocks(page, "python")]
+PYTHON = [block for page in TAUGHT for block in blocks(page, "python")]
 MINIMAL = "data: {sources: [{path: photos}]}\ntraining: {steps: 100}\n"
 # Where these are missing it is the reader's machine that lacks something, not the page.
 ABOUT_THE_MACHINE = ("model.", "training.attention", "training.optimizer.type", "trackers.", "training.device")
@@ -49,11 +66,14 @@ def test_there_is_something_to_test() -> None:
 def test_a_run_file_loads_and_passes_the_check(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     data = document.parse(block.text, file=block.where).data
+    if isinstance(data.get("data"), str):
+        stand_in(Source(path=str(tmp_path / "hare")))
+        (tmp_path / data["data"]).write_text('datasets = [{resolution = 1024, subsets = [{image_dir = "hare"}]}]')
     loaded = files.load_text(document.emit(completed(data)), folder=tmp_path, file=block.where)
     for source in loaded.run.data.sources:
         stand_in(source)
     if loaded.run.data.validation.path is not None:
-        stand_in(Source(path=loaded.run.data.validation.path))
+        stand_in(Source(path=str(loaded.run.data.validation.path)))
     found = advice.check(loaded.run)
     assert [f for f in found.errors if not f.key.startswith(ABOUT_THE_MACHINE)] == []
 
@@ -61,34 +81,52 @@ def test_a_run_file_loads_and_passes_the_check(block: Block, tmp_path: Path, mon
 def completed(data: dict[str, Any]) -> dict[str, Any]:
     """A part of a run file with pictures and a length where it names none; other tools' files are whole."""
     if dialects.detect(data) is None:
-        data.setdefault("data", {}).setdefault("sources", [{"path": "photos"}])
+        if not isinstance(data.get("data"), str):
+            data.setdefault("data", {}).setdefault("sources", [{"path": "photos"}])
         if "preset" not in data and not {"steps", "epochs"} & set(data.setdefault("training", {})):
             data["training"]["steps"] = 100
     return data
 
 
 def stand_in(source: Source) -> None:
-    """A folder with as many captioned pictures as the rules ask for, in the layout that the source names."""
-    source.path.mkdir(parents=True, exist_ok=True)
+    """As many captioned pictures as the rules ask for, in the layout that the source names; a file is only there."""
+    if source.path.startswith("hub:") or "://" in source.path or "{" in source.path:
+        return
+    folder = Path(source.path)
+    if folder.suffix:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.write_bytes(b"")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     names = [f"{i:03d}.png" for i in range(12)]
     for name in names:
-        (source.path / name).write_bytes(b"")
+        (folder / name).write_bytes(b"")
         if source.metadata is None and source.missing_captions == "error":
-            (source.path / name).with_suffix(source.caption_extension).write_text("a caption")
+            (folder / name).with_suffix(source.caption_extension or ".txt").write_text("a caption")
     if source.metadata is not None:
-        listing = source.path / source.metadata
+        listing = folder / source.metadata
         listing.parent.mkdir(parents=True, exist_ok=True)
         columns = source.image_column or "file_name", source.caption_column or "text"
         listing.write_text("".join(json.dumps(dict(zip(columns, (n, "x"), strict=True))) + "\n" for n in names))
 
 
-def test_what_the_check_prints(tmp_path: Path) -> None:
-    stand_in(Source(path=tmp_path / "photos"))
+def test_what_the_check_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "photos").mkdir()
+    for i in range(12):
+        noise = np.random.default_rng(i).integers(0, 256, (8, 8), np.uint8)
+        size = (832, 1216) if i % 3 == 0 else (1024, 1024)
+        # Bitmaps have the same bytes, and so the same split, whatever wrote them.
+        Image.fromarray(noise).resize(size, Image.Resampling.NEAREST).save(tmp_path / "photos" / f"{i:03d}.bmp")
+        (tmp_path / "photos" / f"{i:03d}.txt").write_text("a photo of sks aldar")
     files.write_new(tmp_path / "run.yaml", data=tmp_path / "photos", trigger="sks aldar")
-    numbers = forecast(files.load(tmp_path / "run.yaml").run)
+    run = files.load(tmp_path / "run.yaml", sets=[f"data.cache={tmp_path / 'cache'}"]).run
+    seen = preflight(run)
+    numbers = advice.check(run, counted=seen.counted).forecast
     assert numbers is not None
+    show.images(seen)
+    expected = [*show.forecast_lines(numbers), *capsys.readouterr().out.splitlines(), "ok: gesso train run.yaml"]
     (shown,) = [block.text for block in blocks(GUIDE, "text") if block.text.startswith("images ")]
-    assert shown.splitlines() == [*show.forecast_lines(numbers), "ok: gesso train run.yaml"]
+    assert shown.splitlines() == expected
 
 
 # The command line
@@ -118,25 +156,28 @@ def test_a_wrong_option_would_be_noticed() -> None:
         test_a_command_line_parses("x", "gesso train run.yaml --set training.step=1")
 
 
-@pytest.mark.parametrize("page", [README, GUIDE], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", TAUGHT, ids=lambda page: page.name)
 def test_commands_and_options_in_the_text_exist(page: Path) -> None:
     top: Any = typer.main.get_command(app)
-    commands = [top, *top.commands.values(), *top.commands["config"].commands.values()]
+    groups = {name: command for name, command in top.commands.items() if "commands" in vars(command)}
+    commands = [top, *top.commands.values(), *(one for group in groups.values() for one in group.commands.values())]
     options = {name for command in commands for p in command.params for name in (*p.opts, *p.secondary_opts)}
     for span in spans(prose(page)):
-        first, *rest = span.split()[:2]
+        first, *rest = span.split()[:3]
         if first == "gesso" and rest and not rest[0].startswith("-"):
             assert rest[0] in top.commands, span
+            assert rest[0] not in groups or len(rest) == 1 or rest[1] in groups[rest[0]].commands, span
         if first.startswith("--"):
             assert first.partition("=")[0] in options, span
 
 
-def test_keys_in_the_text_exist() -> None:
+@pytest.mark.parametrize(("page", "least"), [(GUIDE, 30), (DATA, 30)], ids=["guide.md", "data.md"])
+def test_keys_in_the_text_exist(page: Path, least: int) -> None:
     sections = "|".join(name for name, info in RunConfig.model_fields.items() if schema.models_in(info.annotation))
     pattern = re.compile(rf"({sections})(\[\])?\.[a-z][\w.\[\]]*")
-    ours = "\n".join(line for line in prose(GUIDE).splitlines() if not re.match(r"\| `.*: .*` \| `.*: .*` \|", line))
+    ours = "\n".join(line for line in prose(page).splitlines() if not re.match(r"\| `.*: .*` \| `.*: .*` \|", line))
     keys = [span.partition(":")[0] for span in spans(ours) if pattern.fullmatch(span.partition(":")[0])]
-    assert len(keys) > 30
+    assert len(keys) > least
     for key in keys:
         parts = key.replace("[]", ".0").split(".")
         assert schema.locate(tuple(int(p) if p.isdigit() else p for p in parts))[1] is not None, key

@@ -23,6 +23,7 @@ WITHOUT_EFFECT: dict[str, dict[str, Any]] = {
     "tensorboard": {"trackers": [{"type": "tensorboard"}]},
     "saves every step": {"checkpoint__every": 1},
     "validation every step": {"validation__every": 1},
+    "encoded at every visit, not cached": {"data__encoding": "live"},
 }
 
 

@@ -104,7 +104,7 @@ def step(
     overrides = {
         "data__sources": [{"path": str(folder)}],
         "data__buckets": {"enabled": False},
-        "data__caption_dropout": 0.0,
+        "data__captions__dropout": 0.0,
         "data__flip": False,
         "training__batch_size": 4,
         "training__accumulation": 1,

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from gesso import __version__
-from gesso.cli import micro, pictures, runs, system
+from gesso.cli import cache, dataset, dataset_edit, micro, pictures, runs, system
 from gesso.errors import Interrupted
 
 
@@ -31,6 +31,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 config = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into run files.")
+data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look over and edit sets of images.")
+encodings = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="What is kept of encoded images.")
 small = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The small models in the package.")
 
 
@@ -62,7 +64,20 @@ app.command()(system.demo)
 app.command()(system.doctor)
 config.command("show")(runs.show_config)
 config.command("presets")(runs.list_presets)
+data.command("scan")(dataset.scan)
+data.command("metadata")(dataset_edit.metadata)
+data.command("caption")(dataset_edit.caption)
+data.command("caption-edit")(dataset_edit.caption_edit)
+data.command("dedupe")(dataset_edit.dedupe)
+data.command("split")(dataset_edit.split)
+data.command("push")(dataset_edit.push)
+data.command("undo")(dataset_edit.undo)
+encodings.command("stats")(cache.stats)
+encodings.command("verify")(cache.verify)
+encodings.command("prune")(cache.prune)
 small.command("build")(micro.build)
 small.command("score")(micro.score)
 app.add_typer(config, name="config")
+app.add_typer(data, name="dataset")
+app.add_typer(encodings, name="cache")
 app.add_typer(small, name="micro")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
@@ -104,6 +105,10 @@ class Console:
     ) -> None:
         if self._bars is not None:
             self._bars.stop()
+
+    def count(self, task: str) -> Callable[[int, int], None]:
+        """A function that shows how much of a task outside of a run is done."""
+        return lambda done, total: self.handle(Progress(0, task, done, total))
 
     def handle(self, event: Event) -> None:
         """Show one event."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,53 +15,86 @@ from gesso.cli.failure import crash_log, placed
 from gesso.errors import Problems, UserError
 
 if TYPE_CHECKING:
+    from gesso.config.advice import Advice
     from gesso.config.files import Loaded
+    from gesso.data.preflight import Preflight
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN", help="A run file.", show_default=False)]
 Sets = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Replace a value; may be repeated.")]
 
 
 def new(
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder with the images.", show_default=False)],
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA",
+            help="Images: a folder, archive, table, URL or hub:OWNER/NAME; or a data set file of kohya's scripts.",
+            show_default=False,
+        ),
+    ],
     preset: Annotated[str, typer.Option(help="What to start from: see `gesso config presets`.")] = "character",
     base: Annotated[str | None, typer.Option(help="Base model: folder, hub id or .safetensors.")] = None,
     trigger: Annotated[str | None, typer.Option(help="Word that will stand for what is learnt, such as sks.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="The run file to write.")] = Path("run.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Overwrite the run file.")] = False,
 ) -> None:
-    """Write a run file for a folder of images."""
+    """Write a run file for a set of images."""
     from gesso.config import files
 
-    files.write_new(output, data=data, preset=preset, base=base, trigger=trigger, force=force)
+    show.report(files.write_new(output, data=data, preset=preset, base=base, trigger=trigger, force=force))
     typer.echo(f"wrote {output}\nnext: gesso check {output}")
 
 
 def check(
     run: RunFile,
     sets: Sets = [],  # noqa: B006 (typer copies it)
+    quick: Annotated[bool, typer.Option("--quick", help="Do not open the images.")] = False,
+    samples: Annotated[
+        int, typer.Option("--show", metavar="N", min=0, help="Show N samples, with caption and tokens, as trained on.")
+    ] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Answer as JSON.")] = False,
 ) -> None:
-    """Find mistakes in a run file, and what the run will take."""
-    from gesso.config import advice, files, machine
+    """Find mistakes in a run file and in its images, and what the run will take."""
+    from gesso.config import files
 
     if not as_json:
         loaded = files.load(run, sets=sets)
-        found = advice.check(loaded.run, machine.detect())
         show.report(loaded.report)
+        found, seen = _looked_over(loaded, quick=quick, samples=samples)
         show.advice(found, loaded.origins)
         found.require(loaded.origins)
+        show.images(seen)
+        show.samples(seen)
         typer.echo(f"ok: gesso train {run}")
         return
     try:
         loaded = files.load(run, sets=sets)
+        found, seen = _looked_over(loaded, quick=quick, samples=samples, shown=False)
     except UserError as error:
         listed = error.problems if isinstance(error, Problems) else (error,)
         typer.echo(json.dumps({"ok": False, "errors": [show.error_json(one) for one in listed]}, indent=2))
         raise typer.Exit(error.exit_code) from None
-    found = advice.check(loaded.run, machine.detect())
-    typer.echo(json.dumps(show.advice_json(found, loaded), indent=2))
+    typer.echo(json.dumps(show.advice_json(found, loaded) | {"data": show.images_json(seen)}, indent=2))
     if found.errors:
         raise typer.Exit(UserError.exit_code)
+
+
+def _looked_over(
+    loaded: Loaded, *, quick: bool = False, samples: int = 0, shown: bool = True
+) -> tuple[Advice, Preflight | None]:
+    """The advice on a run, with its images looked at unless that is to be quick; raises what is wrong with them."""
+    from gesso.config import advice, machine
+
+    run, there = loaded.run, machine.detect()
+    found = advice.check(run, there)
+    if quick or found.errors:
+        return found, None
+    from gesso.data.preflight import preflight
+
+    with Console() if shown else contextlib.nullcontext() as console:
+        progress = None if console is None else console.count("reading images")
+        seen = preflight(run, multiple=advice.cell_size(run), samples=samples, progress=progress)
+    return advice.check(run, there, counted=seen.counted), seen
 
 
 def train(
@@ -94,7 +128,6 @@ def train(
 ) -> None:
     """Train, or go on training."""
     from gesso.adapters import Full
-    from gesso.config import advice, machine
 
     loaded = _load_for_training(_one_file(run, config, resume), sets, output)
     report = loaded.report
@@ -106,7 +139,7 @@ def train(
     if hub_repo is not None and isinstance(loaded.run.adapter, Full):
         what = "only LoRA files are pushed to the hub so far, and this run trains the whole model"
         raise UserError(what, where=hub_repo, fix=f"train without it, then: hf upload {hub_repo} FOLDER")
-    found = advice.check(loaded.run, machine.detect())
+    found, _ = _looked_over(loaded)
     found.require(loaded.origins)
     show.advice(found, loaded.origins)
     folder = loaded.run.folder.expanduser().absolute()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gesso.config.advice import Advice, Finding, Forecast
     from gesso.config.dialects import DialectReport
     from gesso.config.files import Loaded
+    from gesso.data.preflight import Preflight
 
 
 def report(dialect: DialectReport | None) -> None:
@@ -21,10 +22,11 @@ def report(dialect: DialectReport | None) -> None:
     if dialect is None:
         return
     typer.echo(f"read as {dialect.tool}:")
-    lines = [(entry.line or 0, f"{entry.key} -> {entry.note}") for entry in dialect.mapped]
-    lines += [(entry.line or 0, f"{entry.key}: no effect: {entry.note}") for entry in dialect.ignored]
-    for number, text in sorted(lines, key=lambda line: line[0]):
-        typer.echo(f"  line {number}: {text}")
+    lines = [(entry, f"{entry.key} -> {entry.note}") for entry in dialect.mapped]
+    lines += [(entry, f"{entry.key}: no effect: {entry.note}") for entry in dialect.ignored]
+    # Keys of a second file that the first one names begin with that file's name.
+    for entry, text in sorted(lines, key=lambda line: (line[0].key.rpartition(": ")[0], line[0].line or 0)):
+        typer.echo(f"  line {entry.line or 0}: {text}")
     for entry in dialect.assumed:
         typer.echo(f"  filled in: {entry.key} = {entry.note}")
 
@@ -42,7 +44,8 @@ def advice(found: Advice, origins: Mapping[str, str]) -> None:
 
 def forecast_lines(numbers: Forecast) -> list[str]:
     """The forecast for people."""
-    held = f", about {numbers.held_out} of them held out" if numbers.held_out else ""
+    about = "" if numbers.exact else "about "
+    held = f", and {about}{numbers.held_out} held out" if numbers.held_out else ""
     folders = f" ({' + '.join(map(str, numbers.images))})" if len(numbers.images) > 1 else ""
     lines = [
         f"images      {sum(numbers.images)}{folders}{held}; {numbers.samples_per_epoch} samples an epoch",
@@ -55,6 +58,56 @@ def forecast_lines(numbers: Forecast) -> list[str]:
     if numbers.memory_bytes is not None:
         lines.append(f"memory      about {size(numbers.memory_bytes)} on the GPU")
     return lines
+
+
+_FIT = ("resized", "bucket", "crop", "flip", "angle", "colour")
+
+
+def images(seen: Preflight | None) -> None:
+    """The buckets and concepts of a run's images, and what is worth knowing about them."""
+    if seen is None:
+        return
+    typer.echo("bucket        images  cropped away")
+    for (width, height), count, loss in seen.buckets:
+        typer.echo(f"{f'{width} x {height}':13} {count:6} {loss:8.1%}")
+    if len(seen.concepts) > 1:
+        typer.echo("concept                          images  samples an epoch")
+        for name, count, samples in seen.concepts:
+            typer.echo(f"{name or '(none)':32} {count:6} {samples:10}")
+    for notice in seen.notices:
+        typer.echo(f"note: {notice}")
+
+
+def samples(seen: Preflight | None) -> None:
+    """Some samples as the model will see them: picture, bucket, crop, caption and its tokens."""
+    if seen is None or not seen.samples:
+        return
+    captions, counter = [visit.caption for visit in seen.samples], seen.counter
+    tokens = counter.ids(captions) if counter.ids is not None else None
+    typer.echo(f"{len(captions)} samples of the first epoch; tokens {counter.method}")
+    for i, (visit, count) in enumerate(zip(seen.samples, counter.count(captions), strict=True)):
+        fit, (left, top) = visit.fit, visit.fit.crop
+        drawn = f", turned {fit.angle:.1f} degrees" if fit.angle else ""
+        drawn += ", mirrored" if fit.flip else ""
+        width, height = fit.bucket
+        typer.echo(f"{visit.row.place}: {width} x {height} from ({left}, {top}){drawn}")
+        typer.echo(f"  {visit.caption!r}")
+        typer.echo(f"  {count} tokens" + (f": {' '.join(map(str, tokens[i]))}" if tokens else ""))
+
+
+def images_json(seen: Preflight | None) -> dict[str, Any] | None:
+    """The same as JSON."""
+    if seen is None:
+        return None
+    return {
+        "buckets": [row._asdict() for row in seen.buckets],
+        "concepts": [{"name": n, "images": count, "samples": samples} for n, count, samples in seen.concepts],
+        "notices": list(seen.notices),
+        "samples": [
+            {"image": str(v.row.place), "caption": v.caption, "tokens": n, **dict(zip(_FIT, v.fit.facts, strict=True))}
+            for v, n in zip(seen.samples, seen.counter.count([v.caption for v in seen.samples]), strict=True)
+        ],
+    }
 
 
 def values(dump: Mapping[str, Any], origins: Mapping[str, str]) -> None:

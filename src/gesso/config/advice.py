@@ -15,13 +15,11 @@ from typing import Literal
 
 from gesso.adapters import FULL_IN_16_BITS, Full
 from gesso.config import schema
-from gesso.config.forecast import GIB, Forecast, Machine, forecast, full_size, images_in, metadata_of
-from gesso.config.run import RunConfig, Source
+from gesso.config.forecast import GIB, Counted, Forecast, Machine, forecast, full_size, images_in
+from gesso.config.run import RunConfig
 from gesso.errors import Problems, UserError
 
-__all__ = ["Advice", "Finding", "Forecast", "Machine", "check"]
-
-_LISTED = 10
+__all__ = ["Advice", "Counted", "Finding", "Forecast", "Machine", "check"]
 
 
 @dataclass(frozen=True)
@@ -68,10 +66,11 @@ class Advice:
             raise Problems([finding.as_error(origins) for finding in self.errors])
 
 
-def check(run: RunConfig, machine: Machine | None = None) -> Advice:
-    """Look a run over before anything heavy is loaded."""
+def check(run: RunConfig, machine: Machine | None = None, *, counted: Counted | None = None) -> Advice:
+    """Look a run over before anything heavy is loaded; `counted` are its images where they were looked at."""
     findings = [finding for rule in _RULES for finding in rule(run)]
-    numbers = None if any(f.level == "error" and f.key.startswith("data.") for f in findings) else forecast(run)
+    broken = any(f.level == "error" and f.key.startswith("data.") for f in findings)
+    numbers = None if broken else forecast(run, counted)
     if numbers is not None:
         findings += _about_numbers(run, numbers)
         findings += _about_machine(run, numbers, machine) if machine is not None else []
@@ -87,34 +86,34 @@ def _warning(key: str, what: str, fix: str = "") -> Finding:
 
 
 def _sources(run: RunConfig) -> Iterator[Finding]:
+    shared = [source.share is not None for source in run.data.sources]
     for i, source in enumerate(run.data.sources):
-        yield from _folder(f"data.sources.{i}.path", source.path)
-        if source.path.is_dir():
-            yield from _captions(f"data.sources.{i}", source)
+        key = f"data.sources.{i}"
+        if Path(source.path).is_absolute():
+            yield from _place(f"{key}.path", Path(source.path))
+        if source.missing_captions == "trigger" and not source.trigger:
+            yield _error(f"{key}.trigger", "missing_captions is trigger, and there is no trigger word", "give one")
+        if any(shared) and not shared[i]:
+            yield _error(f"{key}.share", "other sources have a share, and this one has none", "give it one")
     held = run.data.validation.path
     if held is not None:
-        yield from _folder("data.validation.path", held)
+        yield from _place("data.validation.path", held)
         for source in run.data.sources:
             if held.is_relative_to(source.path):
                 what = f"lies inside {source.path}, so its images are trained on too and the loss says nothing"
                 yield _error("data.validation.path", what, "move it beside the training folder")
 
 
-def _folder(key: str, path: Path) -> Iterator[Finding]:
-    if not path.exists():
-        yield _error(key, f"there is no folder {path}", _nearest_folder(path))
-    elif not path.is_dir():
-        yield _error(key, f"{path} is a file, not a folder", f"give {path.parent}")
-    elif next(images_in(path), None) is None:
-        found = sorted(p.name for p in path.iterdir())
-        holds = f"it holds {', '.join(found[:5])}" + (" ..." if len(found) > 5 else "") if found else "it is empty"
-        yield _error(
-            key, f"no images in {path} (looked for .png, .jpg, .webp and so on; {holds})", _nearest_folder(path)
-        )
+def _place(key: str, path: Path) -> Iterator[Finding]:
+    if "{" not in path.name and not path.exists():
+        yield _error(key, f"there is no {path}", _nearest_folder(path))
+
+
+_HOLDERS = (".zip", ".tar", ".parquet", ".jsonl", ".csv")
 
 
 def _nearest_folder(path: Path) -> str:
-    """The most similar folder with images near a wrong path."""
+    """The most similar folder with images, or file that may hold some, near a wrong path."""
     start = path.parent
     missing = path.name
     while not start.is_dir() and start != start.parent:
@@ -124,33 +123,15 @@ def _nearest_folder(path: Path) -> str:
     with contextlib.suppress(OSError):
         folders = [p for p in start.iterdir() if p.is_dir() and p != path and not p.name.startswith(".")]
         useful = {p.name: p for p in folders[:200] if next(images_in(p), None) is not None}
-        near = schema.nearest(missing, useful)
+        files = {p.name: p for p in start.iterdir() if p.suffix.lower() in _HOLDERS}
+        near = schema.nearest(missing, useful | files)
         if near:
-            return f"did you mean {useful[near]}?"
+            return f"did you mean {(useful | files)[near]}?"
         if useful:
             return f"folders with images there: {', '.join(str(useful[name]) for name in sorted(useful)[:3])}"
         if next((p for p in images_in(start) if p.parent == start), None) is not None:
             return f"there are images in {start}"
     return "paths in a run file start from the folder of that file"
-
-
-def _captions(key: str, source: Source) -> Iterator[Finding]:
-    if source.metadata is not None and metadata_of(source) is None:
-        others = sorted(p.name for p in source.path.glob("*.jsonl"))
-        fix = f"there is {', '.join(others[:3])}" if others else "take the key out to use .txt files beside the images"
-        yield _error(f"{key}.metadata", f"there is no {source.metadata} in {source.path}", fix)
-    elif metadata_of(source) is None and source.missing_captions == "error":
-        images = list(images_in(source.path))
-        bare = [image for image in images if not image.with_suffix(source.caption_extension).is_file()]
-        if bare:
-            names = [str(image.relative_to(source.path)) for image in bare]
-            more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-            listed = ", ".join(names[:_LISTED]) + more
-            what = f"{len(bare)} of {len(images)} images have no {source.caption_extension} file: {listed}"
-            fix = "write captions, or set a trigger word and missing_captions: trigger"
-            yield _error(f"{key}.missing_captions", what, fix)
-    if source.missing_captions == "trigger" and not source.trigger:
-        yield _error(f"{key}.trigger", "missing_captions is trigger, and there is no trigger word", "give one")
 
 
 def _model(run: RunConfig) -> Iterator[Finding]:
@@ -159,13 +140,13 @@ def _model(run: RunConfig) -> Iterator[Finding]:
             fix = "give a diffusers folder, a .safetensors checkpoint or a hub id"
             yield _error(key, f"there is no {name}", fix)
     try:
-        _cell(run)
+        cell_size(run)
     except UserError as error:
         inside = "" if error.where.startswith("model.") else f": {error.where}"
         yield _error("model.base", error.what + inside, error.fix)
 
 
-def _cell(run: RunConfig) -> int:
+def cell_size(run: RunConfig) -> int:
     """Pixels per latent cell; SDXL's 8 where the model is not on this machine."""
     model = run.model
     local = Path(model.base).is_dir() and (model.vae is None or Path(model.vae).exists())
@@ -175,7 +156,7 @@ def _cell(run: RunConfig) -> int:
 def _sizes(run: RunConfig) -> Iterator[Finding]:
     data, buckets = run.data, run.data.buckets
     try:
-        cell = _cell(run)
+        cell = cell_size(run)
     except UserError:
         return  # the model is the mistake, and `_model` says so
     lengths = {
@@ -295,9 +276,9 @@ def _settings(run: RunConfig) -> Iterator[Finding]:
     gamma = run.objective.min_snr_gamma
     if gamma is not None and gamma > 100:
         yield _warning("objective.min_snr_gamma", f"{gamma:g} clips nothing worth clipping", "5 is usual")
-    if run.data.caption_dropout > 0.5:
-        what = f"{run.data.caption_dropout:.0%} of the captions are dropped"
-        yield _warning("data.caption_dropout", what, "0.05 to 0.1 is usual")
+    if run.data.captions.dropout > 0.5:
+        what = f"{run.data.captions.dropout:.0%} of the captions are dropped"
+        yield _warning("data.captions.dropout", what, "0.05 to 0.1 is usual")
     holdout = run.data.validation
     if run.validation.every is not None and not holdout.fraction and holdout.path is None:
         fix = "set data.validation.fraction or data.validation.path"

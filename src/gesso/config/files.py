@@ -38,7 +38,7 @@ def load(path: str | Path, *, sets: Sequence[str] = ()) -> Loaded:
     Raises `Problems` with everything that is wrong at once, or one `UserError` where the file cannot be read.
     """
     path = Path(path)
-    return _load(document.read(path), folder=path.absolute().parent, sets=sets)
+    return _load(dialects.read_document(path), folder=path.absolute().parent, sets=sets)
 
 
 def load_text(text: str, *, folder: Path, file: str = "run.yaml", sets: Sequence[str] = ()) -> Loaded:
@@ -64,13 +64,38 @@ def _load(doc: Document, *, folder: Path, sets: Sequence[str]) -> Loaded:
         _lay_preset(layers, doc, overrides)
         _choose_length(layers, doc.data.get("training"))
         layers.lay({k: v for k, v in doc.data.items() if k != "preset"}, lambda path: _in_file(doc, path))
+        if isinstance(layers.data.get("data"), str):
+            converted = _lay_data_file(layers, doc, folder)
+            report, found = converted.report, [*converted.problems]
     for path, value, place in overrides:
         if path != ("preset",):
             layers.put(path, value, place)
     _absolute_paths(layers, folder)
     _drop_of_other_types(layers)
-    run = _validate(layers, found, partial=tool is not None and bool(found))
+    run = _validate(layers, found, partial=report is not None and bool(found))
     return Loaded(run, _origins(run, layers), report)
+
+
+def _lay_data_file(layers: Layers, doc: Document, folder: Path) -> dialects.Converted:
+    """Put what another tool's dataset file says in the place of its name under `data`."""
+    place = layers.locate(("data",))
+    path = Path(_absolute(folder, layers.data["data"]))
+    if not path.is_file():
+        fix = "write a section, or the name of a dataset file of sd-scripts or ai-toolkit beside the run file"
+        raise UserError(f"data: there is no file {path}", where=place.where, fix=fix)
+    converted = dialects.read_data(path)
+    layers.data["data"] = converted.data.pop("data", {})
+    layers.places.update({key: where for key, where in converted.places.items() if key[0] == "data"})
+    # The few settings of such a file that have their place elsewhere, such as the batch size.
+    for section, values in converted.data.items():
+        for name, value in values.items():
+            key, there = (section, name), converted.places[(section, name)]
+            if key not in doc.lines:
+                layers.put(key, value, there)
+            elif doc.data[section][name] != value:
+                what = f"{dotted(key)} is {value} in {there.where}, and not the same here"
+                raise UserError(what, where=_in_file(doc, key).where, fix="keep one of them")
+    return converted
 
 
 def _lay_preset(layers: Layers, doc: Document, overrides: Sequence[tuple[KeyPath, Any, Place]]) -> None:
@@ -139,7 +164,8 @@ def _absolute_paths(layers: Layers, folder: Path) -> None:
 
 def _make_absolute(layers: Layers, holder: Any, path: KeyPath, folder: Path) -> None:
     value = holder.get(path[-1]) if isinstance(holder, dict) else None
-    if isinstance(value, str) and value:
+    # URLs and names of data sets on the hub are no paths; the braces of shard patterns survive being joined.
+    if isinstance(value, str) and value and "://" not in value and not value.startswith("hub:"):
         holder[path[-1]] = _absolute(_root(layers, path, folder), value)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 from pathlib import Path
@@ -14,7 +14,6 @@ from gesso.config.run import RunConfig, Source
 
 GIB = 2**30
 IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
-METADATA = "metadata.jsonl"
 
 # Parameters of a rank-1 adapter on SDXL, counted layer by layer: 10 blocks of width 640, 60 of width 1280.
 _PER_RANK = {
@@ -61,6 +60,8 @@ class Forecast:
     """Of the whole model that a full fine-tune leaves in the end; a LoRA file is not worth counting."""
     cache_bytes: int
     memory_bytes: int | None
+    exact: bool = False
+    """Whether the images were looked at; else their numbers are an estimate."""
 
     @property
     def disk_bytes(self) -> int:
@@ -77,31 +78,51 @@ def images_in(folder: Path) -> Iterator[Path]:
                 yield Path(root, name)
 
 
-def metadata_of(source: Source) -> Path | None:
-    """The metadata file a source uses, if there is one."""
-    path = source.path / (source.metadata or METADATA)
-    return path if path.is_file() else None
+@dataclass(frozen=True)
+class Counted:
+    """How many images there are, where they were looked at: per source, held out, and samples and steps an epoch."""
+
+    images: tuple[int, ...]
+    held_out: int
+    samples_per_epoch: int
+    steps_per_epoch: int
 
 
-def count(source: Source) -> int:
-    """Images of a source: lines of its metadata file, or image files."""
-    metadata = metadata_of(source)
-    if metadata is not None:
-        with metadata.open("rb") as lines:
-            return sum(1 for line in lines if line.strip())
-    return sum(1 for _ in images_in(source.path))
+def count(source: Source) -> int | None:
+    """Image files of a local folder, by their ending; None where that is not how the source is laid out."""
+    folder = Path(source.path)
+    if source.layout not in ("auto", "folder", "kohya") or not folder.is_dir():
+        return None
+    listings = [folder / (source.metadata or f"metadata{ending}") for ending in (".jsonl", ".csv", ".parquet")]
+    if any(listing.is_file() for listing in listings):
+        return None
+    return sum(1 for _ in images_in(folder)) or None
 
 
-def forecast(run: RunConfig) -> Forecast | None:
-    """The numbers for a run, or None as long as it has no images."""
-    images = tuple(count(source) for source in run.data.sources)
-    if not sum(images):
+def _estimate(run: RunConfig) -> Counted | None:
+    counts = [count(source) for source in run.data.sources]
+    images = tuple(n for n in counts if n is not None)
+    plain = not run.data.balance and all(source.share is None for source in run.data.sources)
+    if len(images) < len(counts) or not plain:
         return None
     fraction = run.data.validation.fraction
     held_out = max(1, int(sum(images) * fraction)) if fraction else 0
-    visits = sum(n * source.repeats for n, source in zip(images, run.data.sources, strict=True))
+    visits = sum(n * source.repeats * _sides(source) for n, source in zip(images, run.data.sources, strict=True))
     samples = max(1, round(visits * (1 - held_out / sum(images))))
-    per_epoch = ceil(samples / (run.training.batch_size * run.training.accumulation))
+    return Counted(images, held_out, samples, ceil(samples / (run.training.batch_size * run.training.accumulation)))
+
+
+def _sides(source: Source) -> int:
+    return len(source.resolution) if isinstance(source.resolution, tuple) else 1
+
+
+def forecast(run: RunConfig, counted: Counted | None = None) -> Forecast | None:
+    """The numbers for a run; without `counted` they are an estimate, and None where the images are not plain files."""
+    exact = counted is not None
+    counted = counted or _estimate(run)
+    if counted is None:
+        return None
+    images, per_epoch = counted.images, counted.steps_per_epoch
     steps = run.training.total_steps(per_epoch)
     saves = {*range(run.checkpoint.every, steps + 1, run.checkpoint.every), steps}
     kept = set(sorted(saves)[-run.checkpoint.keep_last :])
@@ -111,8 +132,8 @@ def forecast(run: RunConfig) -> Forecast | None:
     parameters = _parameters(run) if known else _counted(run)
     return Forecast(
         images=images,
-        held_out=held_out,
-        samples_per_epoch=samples,
+        held_out=counted.held_out,
+        samples_per_epoch=counted.samples_per_epoch,
         steps_per_epoch=per_epoch,
         steps=steps,
         epochs=steps / per_epoch,
@@ -121,8 +142,9 @@ def forecast(run: RunConfig) -> Forecast | None:
         parameters=parameters,
         checkpoint_bytes=None if parameters is None else parameters * _saved(run),
         result_bytes=_result(run),
-        cache_bytes=_cache(run, sum(images), epochs=ceil(steps / per_epoch)),
+        cache_bytes=_cache(run, images, visits=steps * run.training.batch_size * run.training.accumulation),
         memory_bytes=_memory(run, parameters) if known and parameters is not None else None,
+        exact=exact,
     )
 
 
@@ -184,12 +206,25 @@ def _result(run: RunConfig) -> int:
     return 2 * (_UNET_PARAMETERS + _TEXT_PARAMETERS) if whole else 0
 
 
-def _cache(run: RunConfig, images: int, *, epochs: int) -> int:
-    """float32 mean and deviation of 4 channels an image (a crop, if random), and text embeddings a caption."""
-    cells = (run.data.resolution // 8) ** 2
-    variants = epochs if run.data.crop == "random" else 1 + run.data.flip
-    text = 0 if run.adapter.train_text_encoders else images * (77 * 2048 + 1280) * 4
-    return images * variants * 2 * 4 * cells * 4 + text
+def _cache(run: RunConfig, images: Sequence[int], *, visits: int) -> int:
+    """float32 mean and deviation of 4 channels for each version of an image, and text embeddings for each caption."""
+    data = run.data
+    if data.encoding == "live":
+        return 0
+    latents = captions = 0
+    for count, source in zip(images, data.sources, strict=True):
+        sides = source.resolution or data.resolution
+        cells = sum((side // 8) ** 2 for side in (sides if isinstance(sides, tuple) else (sides,)))
+        random = (source.crop or data.crop) == "random" or data.rotation or data.colour
+        flips = 1 + (data.flip if source.flip is None else source.flip)
+        words = source.captions or data.captions
+        varied = words.shuffle or words.tag_dropout or words.wildcards or words.lines == "choose"
+        most = visits * count // max(1, sum(images))
+        each = data.variants * count if data.variants else most
+        latents += cells * (min(most, each * flips) if random else min(most, count * flips))
+        captions += min(most, each) if varied else count
+    text = 0 if run.adapter.train_text_encoders else captions * (77 * 2048 + 1280) * 4
+    return 2 * 4 * 4 * latents + text
 
 
 def _memory(run: RunConfig, parameters: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,28 +16,106 @@ from gesso.objectives import AnyObjective, Denoise
 from gesso.trackers import AnyTracker, TensorBoard
 
 
-class Source(Spec):
-    """One folder of captioned images."""
+class Captions(Spec):
+    """How captions are read and varied. What is random is drawn anew at each visit, by seed, epoch and image."""
 
-    path: Path
-    """Folder with images and `.txt` captions beside them, or with a metadata file. Relative to the run file."""
+    prefix: str = ""
+    """Put before every caption, as it stands."""
+    suffix: str = ""
+    """Put after every caption, as it stands."""
+    lines: Literal["join", "first", "choose"] = "join"
+    """What several lines in a caption file are: one caption, the first alone counts, or one is drawn at each visit."""
+    wildcards: bool = False
+    """Read {a|b} as a choice that is drawn at each visit; {3::a|b} weighs it, and \\{ is a brace."""
+    separator: str = Field(default=",", min_length=1)
+    """What stands between tags."""
+    shuffle: bool = False
+    """Draw a new order of the tags at each visit."""
+    keep: int = Field(default=0, ge=0)
+    """Tags at the front that are neither shuffled nor dropped; the trigger word in front counts as one."""
+    keep_separator: str | None = None
+    """Text, such as |||, that ends the part which stays as it is; a second one begins a tail that stays. Both are taken
+    out. `keep` counts for captions without it."""
+    tag_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the tags that are left out at each visit."""
+    dropout: float = Field(default=0.0, ge=0, le=1)
+    """Share of visits with an empty caption, which keeps classifier-free guidance working."""
+
+
+class Source(Spec):
+    """One set of captioned images."""
+
+    path: str
+    """A folder, a .zip or .tar file, a .parquet, .jsonl or .csv table, shards such as "set-{000..099}.tar", a URL
+    (s3://, gs://, https://, hf://), or hub:OWNER/NAME for a Hugging Face data set. Relative to the run file."""
+    layout: Literal["auto", "folder", "kohya", "metadata", "parquet", "webdataset", "dataset"] = "auto"
+    """How it is laid out: caption files beside the images (folder), the same in sub-folders named REPEATS_CONCEPT
+    (kohya), a table beside the images (metadata), images inside tables (parquet), tar shards (webdataset), or what
+    `datasets` saves (dataset)."""
+    split: str = "train"
+    """Which split of a Hugging Face data set."""
     metadata: str | None = None
-    """A `.jsonl` file inside the folder that lists images and captions. Empty: `metadata.jsonl` if there is one,
-    else caption files beside the images."""
+    """A .jsonl, .csv or .parquet file inside the folder that lists images and captions. Empty: metadata.jsonl, .csv or
+    .parquet if there is one, else caption files beside the images."""
     image_column: str | None = None
-    """Column with the image's path in the folder. Empty: file_name, image_path or image, whichever is there."""
+    """Column with the image, or with its path in the folder. Empty: file_name, image_path, image and so on, whichever
+    is there."""
     caption_column: str | None = None
-    """Column with the caption. Empty: text, prompt or caption, whichever is there."""
-    caption_extension: str = ".txt"
-    """Ending of caption files beside the images."""
+    """Column with the caption. Empty: text, prompt, caption and so on, whichever is there."""
+    caption_extension: str | None = None
+    """Ending of caption files beside the images. Empty: .txt, .caption or .json, whichever is there."""
+    concept: str | None = None
+    """Name of what these images show, for balancing and reports. Empty: the first sub-folder's name."""
     trigger: str | None = None
-    """Word put before every caption that does not contain it yet."""
-    missing_captions: Literal["error", "empty", "trigger"] = "error"
-    """What an image without a caption means: a mistake, an empty caption, or the trigger word alone."""
-    repeats: int = Field(default=1, ge=1)
-    """How often each image is seen in an epoch."""
+    """Word put before every caption that does not contain it yet; [trigger] in a caption stands for it."""
+    missing_captions: Literal["error", "empty", "trigger", "concept", "drop"] = "error"
+    """What an image without a caption means: a mistake, an empty caption, the trigger word or the concept's name alone,
+    or an image to leave out."""
+    captions: Captions | None = None
+    """How captions are varied. Empty: as `data.captions` says."""
+    role: Literal["instance", "prior"] = "instance"
+    """prior: regularisation images of the class, which keep what the model knew."""
+    repeats: float = Field(default=1.0, gt=0)
+    """How often each image is seen in an epoch; with 2.5 every other image comes a third time."""
+    share: float | None = Field(default=None, gt=0)
+    """Share of the samples of an epoch, in proportion to the other sources' shares. Instead of `repeats`."""
     weight: float = Field(default=1.0, ge=0)
     """Loss weight of these images."""
+    resolution: int | tuple[int, ...] | None = None
+    """Side of the square whose area the buckets have; with several, each image is seen at each. Empty:
+    `data.resolution`."""
+    crop: Literal["center", "random"] | None = None
+    """Empty: as `data.crop` says."""
+    flip: bool | None = None
+    """Empty: as `data.flip` says."""
+    mask: Literal["none", "alpha", "file"] = "none"
+    """Where the loss counts: everywhere, where the image is not transparent, or where NAME-masklabel.png beside the
+    image is white."""
+
+    @field_validator("trigger")
+    @classmethod
+    def _word(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise ValueError("the trigger is blank")
+        return value
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _text(cls, value: Any) -> Any:
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+    @field_validator("resolution", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("resolution")
+    @classmethod
+    def _sides(cls, value: int | tuple[int, ...] | None) -> int | tuple[int, ...] | None:
+        sides = value if isinstance(value, tuple) else () if value is None else (value,)
+        if any(side < 16 for side in sides) or value == () or len(set(sides)) < len(sides):
+            raise ValueError("resolution must be 16 or more, each side once")
+        return value
 
 
 class Buckets(Spec):
@@ -68,21 +147,33 @@ class Data(Spec):
     """Images and captions, and how they become training samples."""
 
     sources: tuple[Source, ...] = Field(min_length=1)
-    """Folders of captioned images."""
+    """Sets of captioned images."""
     resolution: int = Field(default=1024, ge=16)
     """Side of the square whose area every bucket has, in pixels."""
     buckets: Buckets = Buckets()
     crop: Literal["center", "random"] = "center"
-    """Where to crop what sticks out of the bucket; random is drawn anew each epoch (and caches one crop per visit)."""
+    """Where to crop what sticks out of the bucket."""
     flip: bool = False
     """Mirror half of the visits. Not for faces with a parting, text or asymmetric clothes."""
-    caption_dropout: float = Field(default=0.0, ge=0, le=1)
-    """Share of visits with an empty caption, which keeps classifier-free guidance working."""
+    rotation: float = Field(default=0.0, ge=0, le=45)
+    """Turn by up to so many degrees either way; the picture is enlarged so that no corner is empty."""
+    colour: float = Field(default=0.0, ge=0, lt=1)
+    """Change brightness, contrast and saturation by up to this share either way."""
+    variants: int = Field(default=0, ge=0)
+    """How many versions of an image and of its caption there are where crop, rotation, colour or words are random. 0:
+    a new one at each visit, which caches an encoding for each visit."""
+    captions: Captions = Captions()
+    """How captions are varied, where a source does not say otherwise."""
+    balance: bool = False
+    """Give every concept as many samples in an epoch as the largest one has, by more repeats of the others."""
     validation: Holdout = Holdout()
     background: str = "white"
     """Colour put behind transparent pictures."""
     skip_bad: bool = False
     """Go on without unreadable pictures (each is reported) instead of stopping."""
+    encoding: Literal["cached", "live"] = "cached"
+    """cached: images and captions are encoded once, before training. live: at every visit, which is slower, keeps the
+    encoders in memory and writes nothing."""
     cache: Path | None = None
     """Folder for cached latents and text embeddings, shared between runs. Empty: ~/.cache/gesso."""
     workers: int = Field(default=1, ge=0)

@@ -36,6 +36,7 @@ class Batch:
     weights  [B] float32, the per-sample loss weight
     geometry one `Geometry` per sample
     text     cached text embeddings, each [B, ...], or None where text encoders are live
+    mask     [B, 1, h, w] float32 in [0, 1], where the loss counts, or None where it counts everywhere
     """
 
     latents: torch.Tensor
@@ -47,6 +48,7 @@ class Batch:
     text: dict[str, torch.Tensor] | None
     files: tuple[str, ...]
     draws: Draws
+    mask: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -54,8 +56,8 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
         text = None if self.text is None else {k: v.to(device, non_blocking=True) for k, v in self.text.items()}
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if k in _TENSORS}
+        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if k in _TENSORS and v is not None}
         return replace(self, text=text, **moved)
 
 
-_TENSORS = ("latents", "noise", "u", "weights")
+_TENSORS = ("latents", "noise", "u", "weights", "mask")

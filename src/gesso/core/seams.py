@@ -138,6 +138,10 @@ class Family(Protocol):
         """Captions that lose words to the tokenizers' length limit."""
         ...
 
+    def token_counts(self, tokenizers: Sequence[Any], captions: Sequence[str]) -> list[int]:
+        """Tokens of each caption by the tokenizer that makes most of it, without marks of start and end."""
+        ...
+
     def targets(self, preset: str) -> list[str]:
         """Module names that an adapter preset means in this family's denoiser."""
         ...

@@ -1,115 +1,90 @@
-"""Encoded pictures and captions on disk, named by the hash of all that they depend on.
+"""Encoded pictures and captions, made once and kept in a `Store` under the hash of all that they depend on.
 
-An entry is a 16-byte checksum followed by safetensors bytes, written beside its place and renamed into it, so two
-processes may fill one folder. Nothing is ever stale: whatever changes the encoding changes the name.
+Nothing is ever stale: whatever changes an encoding changes its name. `fill` proves that every entry a run needs is
+there and whole; where one goes bad after that, `rebuild` makes it again in the middle of the run.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import hashlib
 import json
-import os
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import NamedTuple, TypeVar
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from gesso.core.events import Progress, Warned
-from gesso.core.seams import Emit, Family, Parts
-from gesso.data.buckets import Visit
-from gesso.data.images import content_hash, decode_bytes, fit, read
-from gesso.data.threads import ahead
-from gesso.errors import NumericError, ResourceError, UserError
+from gesso.data import images
+from gesso.data.filling import Filled, Filling, Work
+from gesso.data.store import Array, Entry, Store
+from gesso.errors import NumericError, UserError
 
-VERSION = 1
+if TYPE_CHECKING:
+    from gesso.core.seams import Emit, Family, Parts
+    from gesso.data.plan import Visit
+
+VERSION = 2
 """Counts up when the code that makes entries changes what it makes."""
 
-_CHECKSUM = 16
-T = TypeVar("T")
+_BATCH_PIXELS = 4 * 1024 * 1024
+_BATCH_CAPTIONS = 32
+_CPU = torch.device("cpu")
+_PICTURE = "the VAE's encoding of this picture"
 
 
-class Filled(NamedTuple):
-    """What filling a cache did: entries made, found, and (among those made) found damaged."""
+class Encoded(NamedTuple):
+    """A picture as the denoiser sees it: posterior moments [2C, h, w], and its mask [1, h, w] where it has one."""
 
-    encoded: int
-    reused: int
-    damaged: int
+    moments: Tensor
+    mask: Tensor | None
 
 
-class Store:
-    """Tensors by key, one file an entry, in sub-folders of the first two digits of the key."""
+def encoder_batch(device: torch.device, pixels: int) -> int:
+    """How many pictures of so many pixels go through the VAE at once: on a GPU as many as make about 4 megapixels.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def path(self, key: str) -> Path:
-        """Where an entry is kept."""
-        return self.folder / key[:2] / f"{key[2:]}.entry"
-
-    def get(self, key: str) -> dict[str, Tensor] | None:
-        """The entry, or None if there is none or if its checksum is wrong."""
-        try:
-            content = self.path(key).read_bytes()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise self._failed(error) from error
-        checksum, blob = content[:_CHECKSUM], content[_CHECKSUM:]
-        if checksum != _checksum(key, blob):
-            return None
-        return safetensors.torch.load(blob)
-
-    def has_file(self, key: str) -> bool:
-        """Whether there is a file for this entry, good or damaged."""
-        return self.path(key).exists()
-
-    def put(self, key: str, tensors: dict[str, Tensor]) -> None:
-        """Write an entry; readers see it whole or not at all."""
-        blob = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
-        path = self.path(key)
-        temporary = path.with_name(f".{os.getpid()}-{uuid.uuid4().hex}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(_checksum(key, blob) + blob)
-            temporary.replace(path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise self._failed(error) from error
-
-    def _failed(self, error: OSError) -> ResourceError:
-        return ResourceError(
-            f"the cache cannot be used: {error.strerror}",
-            where=str(self.folder),
-            fix="free some disk space, or set data.cache to another folder",
-        )
+    One on a CPU, where more are no faster and would let an entry's last bits depend on its company.
+    """
+    return 1 if device.type == "cpu" else max(1, _BATCH_PIXELS // pixels)
 
 
 class LatentCache:
-    """Posterior moments [2C, h, w] float32 of fitted pictures.
+    """Posterior moments of fitted pictures in a store.
 
-    `fingerprint` names the VAE's weights and settings, `dtype` the precision it computes in.
+    `fingerprint` names the VAE's weights and settings, `dtype` the precision it computes in. `rebuild` encodes a visit
+    whose entry was pruned or damaged after `fill`; without it such a read is a `UserError`.
     """
 
-    def __init__(self, store: Store, *, fingerprint: str, dtype: torch.dtype, background: str) -> None:
-        self._store, self._background = store, background
-        self._encoder = [fingerprint, str(dtype)]
+    def __init__(
+        self,
+        store: Store,
+        *,
+        fingerprint: str,
+        dtype: torch.dtype,
+        background: str,
+        rebuild: Callable[[Visit], Encoded] | None = None,
+    ) -> None:
+        self._store, self._background, self._rebuild = store, background, rebuild
+        self._fingerprint, self._dtype = fingerprint, str(dtype)
 
     def key(self, visit: Visit) -> str:
-        """The name of a rendition: content, geometry, background, encoder and code."""
-        fitted = visit.fit
-        geometry = [fitted.resized, fitted.bucket, fitted.crop, fitted.flip]
-        return _key("latents", visit.row.image, geometry, self._background, self._encoder)
+        """The name of a rendition: content, geometry, colours, background, mask, encoder and code."""
+        row = visit.row
+        mask = ["alpha" if row.mask is None else "file", row.mask_hash] if row.mask_hash else []
+        return _key("latents", row.image, visit.fit.facts, self._background, mask, self._fingerprint, self._dtype)
 
-    def read(self, visit: Visit) -> Tensor:
-        """The moments of a visit, [2C, h, w]; `UserError` if they are missing or damaged."""
-        return _read(self._store, self.key(visit), str(visit.row.path))["moments"]
+    def read(self, visit: Visit) -> Encoded:
+        """The encoding of a visit, as views of what was read; `UserError` if it is missing or damaged."""
+        key = self.key(visit)
+        entry = self._store.get(key)
+        if entry is None:
+            if self._rebuild is None:
+                raise _lost(self._store, key, str(visit.row.place))
+            encoded = self._rebuild(visit)
+            self._put(key, visit, encoded)
+            return encoded
+        tensors = _tensors(entry)
+        return Encoded(tensors["moments"], tensors.get("mask"))
 
     def fill(
         self,
@@ -119,41 +94,102 @@ class LatentCache:
         parts: Parts,
         device: torch.device,
         emit: Emit,
-        batch_size: int = 1,
+        batch_size: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
         step: int = 0,
     ) -> Filled:
-        """Encode the renditions that are missing or damaged.
+        """Encode the renditions that are missing or damaged; afterwards all of `visits` can be read.
 
-        With the default batch size an entry's bits do not depend on what else is encoded. Raises `NumericError`
-        naming the picture if its encoding is not finite, and `UserError` if a file changed since it was indexed.
+        Every rank gives the same visits, begins with its own share and then makes what is still missing of the
+        others'. `batch_size` is `encoder_batch` if empty. Raises `NumericError` naming the picture if its encoding is
+        not finite, and `UserError` if a file changed since it was indexed.
         """
-        filling = _Filling(self._store, "caching images", len({self.key(v) for v in visits}), emit, step)
-        todo = sorted(filling.missing(visits, self.key), key=lambda v: v.fit.bucket)
-        pixels = ahead(functools.partial(_pixels, background=self._background), todo, threads=2, depth=4)
-        for batch in _runs(zip(todo, pixels, strict=True), batch_size):
-            stacked = torch.stack([tensor for _, tensor in batch]).to(device)
-            with torch.no_grad():
-                moments = family.encode_images(parts, stacked).cpu()
-            for (visit, _), one in zip(batch, moments, strict=True):
-                _require_finite(one, "the VAE's encoding of this picture", str(visit.row.path))
-                filling.put(self.key(visit), {"moments": one})
-        return filling.finish()
+
+        def size(visit: Visit) -> int:
+            width, height = visit.fit.bucket
+            return encoder_batch(device, width * height) if batch_size is None else batch_size
+
+        def order(visit: Visit) -> tuple[object, ...]:
+            # Neighbours share a shape where that makes batches, and else an archive or a table's row group.
+            place = visit.row.place
+            shape = visit.fit.bucket if size(visit) > 1 else (0, 0)
+            return shape, place.url, place.start, place.part, visit.fit.facts
+
+        def load(visit: Visit) -> Loaded:
+            return _load(visit, self._background)
+
+        def encode(_batch: Sequence[Visit], loaded: Sequence[Loaded]) -> list[Encoded]:
+            return _encode(loaded, family, parts, device)
+
+        def save(key: str, visit: Visit, encoded: Encoded) -> None:
+            _require_finite(encoded.moments, _PICTURE, str(visit.row.place))
+            self._put(key, visit, encoded)
+
+        wanted: dict[str, Visit] = {}
+        for visit in visits:
+            wanted.setdefault(self.key(visit), visit)
+        work = Work(size, lambda visit: visit.fit.bucket, order, load, encode, save)
+        return Filling(self._store, "caching images", wanted, work, emit, step).run(rank, world_size)
+
+    def _put(self, key: str, visit: Visit, encoded: Encoded) -> None:
+        tensors = {"moments": encoded.moments}
+        if encoded.mask is not None:
+            tensors["mask"] = encoded.mask
+        width, height = visit.fit.bucket
+        of = f"{visit.row.place} at {width} x {height}"
+        self._store.put(key, _arrays(tensors), kind="latents", encoder=self._fingerprint, of=of)
+
+
+class LiveLatents:
+    """The same without a disk: every visit is encoded when it is read, one at a time, with the bits of a cached one."""
+
+    def __init__(self, *, family: Family, parts: Parts, device: torch.device, background: str) -> None:
+        self._family, self._parts, self._device, self._background = family, parts, device, background
+        # Threads that prepare batches must not be in the encoder at once: memory for one picture is what it has.
+        self._lock = threading.Lock()
+
+    def read(self, visit: Visit) -> Encoded:
+        """The encoding of a visit; errors as of `LatentCache.fill`."""
+        loaded = _load(visit, self._background)
+        with self._lock:
+            [encoded] = _encode([loaded], self._family, self._parts, self._device)
+        _require_finite(encoded.moments, _PICTURE, str(visit.row.place))
+        return encoded
 
 
 class TextCache:
-    """Text embeddings of captions. `fingerprint` names the encoders and their settings (long-prompt policy too)."""
+    """Text embeddings of captions in a store.
 
-    def __init__(self, store: Store, *, fingerprint: str, dtype: torch.dtype) -> None:
-        self._store = store
-        self._encoder = [fingerprint, str(dtype)]
+    `fingerprint` names the encoders and their settings (long-prompt policy too); `rebuild` as for pictures.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        fingerprint: str,
+        dtype: torch.dtype,
+        rebuild: Callable[[str], dict[str, Tensor]] | None = None,
+    ) -> None:
+        self._store, self._rebuild = store, rebuild
+        self._fingerprint, self._dtype = fingerprint, str(dtype)
 
     def key(self, caption: str) -> str:
         """The name of a caption's embeddings."""
-        return _key("text", caption, self._encoder)
+        return _key("text", caption, self._fingerprint, self._dtype)
 
     def read(self, caption: str) -> dict[str, Tensor]:
         """The embeddings of a caption, each without a batch dimension; `UserError` if missing or damaged."""
-        return _read(self._store, self.key(caption), f"caption {caption!r}")
+        key = self.key(caption)
+        entry = self._store.get(key)
+        if entry is None:
+            if self._rebuild is None:
+                raise _lost(self._store, key, f"caption {caption!r}")
+            embeddings = self._rebuild(caption)
+            self._put(key, caption, embeddings)
+            return embeddings
+        return _tensors(entry)
 
     def fill(
         self,
@@ -162,81 +198,90 @@ class TextCache:
         family: Family,
         parts: Parts,
         emit: Emit,
-        batch_size: int = 1,
+        device: torch.device = _CPU,
+        batch_size: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
         step: int = 0,
     ) -> Filled:
-        """Encode the captions that are missing or damaged; errors as for pictures."""
-        filling = _Filling(self._store, "caching captions", len(set(captions)), emit, step)
-        todo = filling.missing(captions, self.key)
-        for i in range(0, len(todo), batch_size):
-            batch = todo[i : i + batch_size]
-            with torch.no_grad():
-                text = {name: tensor.cpu() for name, tensor in family.encode_text(parts, batch).items()}
-            for row, caption in enumerate(batch):
-                entry = {name: tensor[row].clone() for name, tensor in text.items()}
-                for tensor in entry.values():
-                    _require_finite(tensor, "the text encoders' output for this caption", repr(caption))
-                filling.put(self.key(caption), entry)
-        return filling.finish()
+        """Encode the captions that are missing or damaged; ranks and errors as for pictures.
+
+        `device` is where the encoders are; if `batch_size` is empty, it says how many captions are encoded at once.
+        """
+        size = batch_size or (1 if device.type == "cpu" else _BATCH_CAPTIONS)
+
+        def encode(batch: Sequence[str], _loaded: Sequence[None]) -> list[dict[str, Tensor]]:
+            return _embed(batch, family, parts)
+
+        def save(key: str, caption: str, embeddings: dict[str, Tensor]) -> None:
+            _require_finite_text(embeddings, caption)
+            self._put(key, caption, embeddings)
+
+        wanted = {self.key(caption): caption for caption in captions}
+        work = Work(lambda _: size, lambda _: None, lambda caption: (caption,), lambda _: None, encode, save)
+        return Filling(self._store, "caching captions", wanted, work, emit, step).run(rank, world_size)
+
+    def _put(self, key: str, caption: str, embeddings: Mapping[str, Tensor]) -> None:
+        of = f"caption {caption[:200]!r}"
+        self._store.put(key, _arrays(embeddings), kind="text", encoder=self._fingerprint, of=of)
 
 
-class _Filling:
-    """Counts, progress events and writes of one `fill`."""
+class LiveText:
+    """The same without a disk: a caption is encoded when it is read, with the bits of a cached one."""
 
-    def __init__(self, store: Store, task: str, total: int, emit: Emit, step: int) -> None:
-        self._store, self._task, self._total, self._emit, self._step = store, task, total, emit, step
-        self._encoded = self._reused = self._damaged = 0
+    def __init__(self, *, family: Family, parts: Parts) -> None:
+        self._family, self._parts = family, parts
+        self._lock = threading.Lock()
 
-    def missing(self, items: Iterable[T], key: Callable[[T], str]) -> list[T]:
-        """The distinct items that have no good entry."""
-        wanted: dict[str, T] = {}
-        for item in items:
-            wanted.setdefault(key(item), item)
-        todo = []
-        for name, item in wanted.items():
-            if self._store.get(name) is not None:
-                self._reused += 1
-                self._report()
-                continue
-            self._damaged += self._store.has_file(name)
-            todo.append(item)
-        return todo
-
-    def put(self, key: str, entry: dict[str, Tensor]) -> None:
-        self._store.put(key, entry)
-        self._encoded += 1
-        self._report()
-
-    def finish(self) -> Filled:
-        if self._damaged:
-            self._emit(Warned(self._step, f"{self._damaged} damaged cache entries were made again"))
-        return Filled(self._encoded, self._reused, self._damaged)
-
-    def _report(self) -> None:
-        done = self._encoded + self._reused
-        # At most about 200 events a task, the last one always.
-        if done == self._total or done % max(1, self._total // 200) == 0:
-            self._emit(Progress(self._step, self._task, done, self._total))
+    def read(self, caption: str) -> dict[str, Tensor]:
+        """The embeddings of a caption, each without a batch dimension."""
+        with self._lock:
+            [embeddings] = _embed([caption], self._family, self._parts)
+        _require_finite_text(embeddings, caption)
+        return embeddings
 
 
-def _pixels(visit: Visit, *, background: str) -> Tensor:
-    data = read(visit.row.path)
-    if content_hash(data) != visit.row.image:
-        raise UserError("the picture changed after it was indexed", where=str(visit.row.path), fix="start again")
-    pixels, _ = fit(decode_bytes(data, path=visit.row.path, background=background).image, visit.fit)
-    return torch.from_numpy(pixels)
+class Loaded(NamedTuple):
+    """A fitted picture [3, H, W] in [-1, 1] and its mask [1, H, W], before the encoder."""
+
+    pixels: Tensor
+    mask: Tensor | None
 
 
-def _runs(pairs: Iterable[tuple[Visit, Tensor]], size: int) -> Iterator[list[tuple[Visit, Tensor]]]:
-    """Lists of at most `size` neighbours of one shape."""
-    batch: list[tuple[Visit, Tensor]] = []
-    for visit, pixels in pairs:
-        if batch and (len(batch) == size or batch[0][1].shape != pixels.shape):
-            yield batch
-            batch = []
-        batch.append((visit, pixels))
-    if batch:
-        yield batch
+def _load(visit: Visit, background: str) -> Loaded:
+    pixels = images.prepare(visit.row, visit.fit, background=background)
+    mask = None if pixels.mask is None else torch.from_numpy(pixels.mask)
+    return Loaded(torch.from_numpy(pixels.image), mask)
+
+
+def _encode(loaded: Sequence[Loaded], family: Family, parts: Parts, device: torch.device) -> list[Encoded]:
+    try:
+        with torch.no_grad():
+            moments = family.encode_images(parts, torch.stack([one.pixels for one in loaded]).to(device)).cpu()
+    except torch.OutOfMemoryError:
+        # Four megapixels are too much for this GPU: fewer at once are only slower.
+        if len(loaded) == 1:
+            raise
+        half = len(loaded) // 2
+        return [*_encode(loaded[:half], family, parts, device), *_encode(loaded[half:], family, parts, device)]
+    masks = [None if one.mask is None else _shrunk(one.mask, moments.shape[-2:]) for one in loaded]
+    return [Encoded(one, mask) for one, mask in zip(moments, masks, strict=True)]
+
+
+def _shrunk(mask: Tensor, size: Sequence[int]) -> Tensor:
+    """The mean of a mask [1, H, W] over the area of each latent, [1, h, w]."""
+    return torch.nn.functional.adaptive_avg_pool2d(mask, (size[0], size[1]))
+
+
+def _embed(captions: Sequence[str], family: Family, parts: Parts) -> list[dict[str, Tensor]]:
+    with torch.no_grad():
+        text = {name: tensor.cpu() for name, tensor in family.encode_text(parts, list(captions)).items()}
+    return [{name: tensor[row] for name, tensor in text.items()} for row in range(len(captions))]
+
+
+def _require_finite_text(embeddings: Mapping[str, Tensor], caption: str) -> None:
+    for tensor in embeddings.values():
+        _require_finite(tensor, "the text encoders' output for this caption", repr(caption))
 
 
 def _require_finite(tensor: Tensor, what: str, where: str) -> None:
@@ -248,20 +293,34 @@ def _require_finite(tensor: Tensor, what: str, where: str) -> None:
         )
 
 
-def _read(store: Store, key: str, where: str) -> dict[str, Tensor]:
-    entry = store.get(key)
-    if entry is None:
-        state = "damaged" if store.has_file(key) else "missing"
-        raise UserError(
-            f"its cache entry is {state}: {store.path(key)}", where=where, fix="resume the run; it will be made again"
-        )
-    return entry
+def _lost(store: Store, key: str, where: str) -> UserError:
+    state = "missing" if store.check(key) == "missing" else "damaged"
+    return UserError(
+        f"its cache entry is {state}: {store.path(key)}", where=where, fix="resume the run; it will be made again"
+    )
 
 
 def _key(*parts: object) -> str:
     return hashlib.sha256(json.dumps([VERSION, *parts]).encode()).hexdigest()
 
 
-def _checksum(key: str, blob: bytes) -> bytes:
-    # The key is part of it: an entry under a wrong name is damaged too.
-    return hashlib.blake2b(blob, digest_size=_CHECKSUM, key=key.encode()).digest()
+def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, Array]:
+    def array(tensor: Tensor) -> Array:
+        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        return Array(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), data)
+
+    return {name: array(tensor) for name, tensor in tensors.items()}
+
+
+def _tensors(entry: Entry) -> dict[str, Tensor]:
+    """Views of the buffer that the entry was read into."""
+    return {
+        name: torch.from_numpy(array.data).view(_DTYPES[array.dtype]).reshape(array.shape)
+        for name, array in entry.arrays.items()
+    }
+
+
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.bool)
+}

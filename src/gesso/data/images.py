@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import io
-import warnings
+import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageColor, ImageEnhance, ImageOps, UnidentifiedImageError
 from PIL.ExifTags import Base
 
 from gesso.core.batch import Geometry
 from gesso.data.buckets import Fit
+from gesso.data.decoder_warnings import heard
 from gesso.errors import UserError
+
+if TYPE_CHECKING:
+    from gesso.data.index import Row
+    from gesso.data.places import Place
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 """File endings that count as pictures in a folder; what a file really is, is read from its content."""
@@ -24,22 +28,33 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff",
 MAX_PIXELS = 170_000_000
 """Largest picture that is decoded; bigger headers are taken for decompression bombs."""
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 _TRANSPOSED = (5, 6, 7, 8)
+_JPEG_END = b"\xff\xd9"
+_FILLED = (128, (128, 128, 128))
+"""What a JPEG decoder shows where the data ran out, in grey and in colour."""
+_SAME_SHAPE = 0.02
 _GREY = ("1", "L", "LA", "La")
 _PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 
 # Pillow loads its rarer formats on first use, which is not safe when several threads are first.
 Image.init()
-# Our own cap above is an error, so Pillow's earlier warning would only be noise.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+_FORMATS: list[str] = [name for name in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF") if name in Image.OPEN]
+"""Those that are read; AVIF came with Pillow 11.3."""
 
 
 class Decoded(NamedTuple):
-    """An upright RGB picture, and what had to be done to get it, one phrase each."""
+    """An upright RGB picture, what had to be done to get it (a phrase each), and its transparency where it has some."""
 
     image: Image.Image
     notes: tuple[str, ...]
+    alpha: Image.Image | None = None
+
+
+class Pixels(NamedTuple):
+    """A picture as the VAE takes it, float32 [3, H, W] in [-1, 1], and its mask, [1, H, W] in [0, 1], if it has one."""
+
+    image: NDArray[np.float32]
+    mask: NDArray[np.float32] | None
 
 
 def content_hash(data: bytes) -> str:
@@ -76,18 +91,32 @@ def decode(path: Path, *, background: str = "white") -> Image.Image:
     return decode_bytes(read(path), path=path, background=background).image
 
 
-def decode_bytes(data: bytes, *, path: Path, background: str = "white") -> Decoded:
-    """As `decode`, from the file's bytes; `path` is only for messages."""
+def decode_bytes(data: bytes, *, path: Path | Place, background: str = "white") -> Decoded:
+    """As `decode`, from the file's bytes; `path` is only for messages. What Pillow warns of is among the notes.
+
+    A PNG has checksums, so that any damage is an error. A JPEG has none, and its decoder does not tell what it makes
+    up: bytes changed in its middle may give another picture and no error, unless the data then end too early.
+    """
     colour = background_colour(background)
     notes: list[str] = []
     try:
-        with _open(data, path) as opened:
-            _refuse_frames(opened, path)
-            opened.load()
-            icc = opened.info.get("icc_profile")
-            upright = ImageOps.exif_transpose(opened)
-            shallow = _eight_bits(upright, opened.format or "", path, notes)
-        return Decoded(_to_rgb(shallow, icc, colour, background, notes), tuple(notes))
+        with heard() as warned:
+            with _open(data, path) as opened:
+                _refuse_frames(opened, path)
+                opened.load()
+                if opened.format == "JPEG" and _ends_early(opened, data):
+                    raise ValueError("its data end before its pixels do")
+                icc = opened.info.get("icc_profile")
+                upright = ImageOps.exif_transpose(opened)
+                shallow = _eight_bits(upright, opened.format or "", path, notes)
+            alpha = shallow.convert("RGBA").getchannel("A") if shallow.has_transparency_data else None
+            alpha = alpha if alpha is not None and alpha.getextrema() != (255, 255) else None
+            rgb = _to_srgb(_opaque(shallow, notes), icc, notes)
+        if alpha is not None:
+            notes.append(f"transparency put on {background}")
+            rgb = Image.composite(rgb, Image.new("RGB", rgb.size, colour), alpha)
+        notes += [f"the decoder warns of {path}: {text}" for text in dict.fromkeys(warned)]
+        return Decoded(rgb, tuple(notes), alpha)
     except (UserError, MemoryError):
         raise
     except Exception as error:
@@ -103,7 +132,7 @@ def probe(path: Path) -> tuple[int, int]:
     A PNG may carry its orientation after the pixels; only `decode` sees that one.
     """
     try:
-        with _open(read(path), path) as image:
+        with heard(), _open(read(path), path) as image:
             if image.format == "TIFF":
                 return image.size  # Pillow reports TIFF sizes upright
             if image.format == "PNG" and "exif" not in image.info:
@@ -117,29 +146,85 @@ def probe(path: Path) -> tuple[int, int]:
         raise UserError(f"the picture's header is damaged: {error}", where=str(path), fix="replace it") from error
 
 
+def decode_mask(data: bytes, *, place: Place, size: tuple[int, int]) -> Image.Image:
+    """A mask file as grey (white is where the loss counts), at the picture's upright size.
+
+    A mask of another size is scaled; one of another shape is a `UserError`.
+    """
+    mask = decode_bytes(data, path=place).image.convert("L")
+    if abs(math.log(mask.width / mask.height) - math.log(size[0] / size[1])) > _SAME_SHAPE:
+        raise UserError(
+            f"the mask is {mask.width} x {mask.height} and its picture {size[0]} x {size[1]}: not the same shape",
+            where=str(place),
+            fix="draw the mask on the picture as it is now",
+        )
+    return mask if mask.size == size else mask.resize(size, Image.Resampling.BILINEAR)
+
+
 def fit(image: Image.Image, plan: Fit) -> tuple[NDArray[np.float32], Geometry]:
-    """Resize to `plan.resized`, crop to `plan.bucket`, flip: float32 [3, H, W] in [-1, 1] and the geometry."""
-    geometry = plan.geometry(*image.size)
-    resized = image if image.size == plan.resized else image.resize(plan.resized, Image.Resampling.LANCZOS)
+    """Resize to `plan.resized`, crop to `plan.bucket`, flip: float32 [3, H, W] in [-1, 1] and the geometry.
+
+    Where the plan says so, the picture is also turned about the middle of its crop and its colours are changed.
+    """
+    cropped = _crop(image, plan, Image.Resampling.LANCZOS)
+    for factor, enhance in zip(plan.colour, _COLOURS, strict=True):
+        if factor != 1:
+            cropped = enhance(cropped).enhance(factor)
+    scaled = np.asarray(cropped).transpose(2, 0, 1).astype(np.float32) / np.float32(127.5) - np.float32(1)
+    return np.ascontiguousarray(scaled), plan.geometry(*image.size)
+
+
+def prepare(row: Row, plan: Fit, *, background: str) -> Pixels:
+    """Read, decode and fit a row's picture and its mask; `UserError` if a file is not what was indexed."""
+    decoded = decode_bytes(_as_indexed(row.place, row.image), path=row.place, background=background)
+    pixels, _ = fit(decoded.image, plan)
+    if not row.mask_hash:
+        return Pixels(pixels, None)
+    if row.mask is not None:
+        data = _as_indexed(row.mask, row.mask_hash)
+        mask = decode_mask(data, place=row.mask, size=decoded.image.size)
+    else:
+        mask = decoded.alpha if decoded.alpha is not None else Image.new("L", decoded.image.size, 255)
+    cropped = np.asarray(_crop(mask, plan, Image.Resampling.BILINEAR), np.float32) / np.float32(255)
+    return Pixels(pixels, cropped[None])
+
+
+def _as_indexed(place: Place, expected: str) -> bytes:
+    data = place.read()
+    if content_hash(data) != expected:
+        raise UserError("the file changed after it was indexed", where=str(place), fix="start again")
+    return data
+
+
+_COLOURS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+
+
+def _crop(image: Image.Image, plan: Fit, filter: Image.Resampling) -> Image.Image:
+    resized = image if image.size == plan.resized else image.resize(plan.resized, filter)
     (left, top), (width, height) = plan.crop, plan.bucket
-    pixels = np.asarray(resized.crop((left, top, left + width, top + height)))
-    if plan.flip:
-        pixels = pixels[:, ::-1]
-    scaled = pixels.transpose(2, 0, 1).astype(np.float32) / np.float32(127.5) - np.float32(1)
-    return np.ascontiguousarray(scaled), geometry
+    cropped = _turned(resized, plan) if plan.angle else resized.crop((left, top, left + width, top + height))
+    return ImageOps.mirror(cropped) if plan.flip else cropped
 
 
-@functools.cache
-def _formats() -> tuple[str, ...]:
-    Image.init()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)  # AVIF came with Pillow 11.3
+def _turned(image: Image.Image, plan: Fit) -> Image.Image:
+    """The crop turned about its middle, and enlarged just so much that no corner lies outside the picture."""
+    (left, top), (width, height) = plan.crop, plan.bucket
+    x, y = left + width / 2, top + height / 2
+    cosine, sine = math.cos(math.radians(plan.angle)), math.sin(math.radians(plan.angle))
+    wide, high = width * abs(cosine) + height * abs(sine), width * abs(sine) + height * abs(cosine)
+    scale = min(1.0, 2 * min(x, image.width - x) / wide, 2 * min(y, image.height - y) / high)
+    a, b, c, d = scale * cosine, -scale * sine, scale * sine, scale * cosine
+    shift = (x - a * width / 2 - b * height / 2, y - c * width / 2 - d * height / 2)
+    return image.transform(
+        plan.bucket, Image.Transform.AFFINE, (a, b, shift[0], c, d, shift[1]), Image.Resampling.BICUBIC
+    )
 
 
-def _open(data: bytes, path: Path) -> Image.Image:
+def _open(data: bytes, path: Path | Place) -> Image.Image:
     if not data:
         raise UserError("the file is empty", where=str(path), fix="replace it, or set data.skip_bad")
     try:
-        image = Image.open(io.BytesIO(data), formats=_formats())
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except UnidentifiedImageError as error:
         raise UserError(
             "not a picture that can be read (looked for JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF by content)",
@@ -153,7 +238,7 @@ def _open(data: bytes, path: Path) -> Image.Image:
     return image
 
 
-def _too_big(size: str, path: Path) -> UserError:
+def _too_big(size: str, path: Path | Place) -> UserError:
     return UserError(
         f"the picture is too large to decode safely ({size})",
         where=str(path),
@@ -161,7 +246,7 @@ def _too_big(size: str, path: Path) -> UserError:
     )
 
 
-def _refuse_frames(image: Image.Image, path: Path) -> None:
+def _refuse_frames(image: Image.Image, path: Path | Place) -> None:
     if image.format == "MPO":
         return  # a JPEG with a second view or a gain map: the first picture is the picture
     try:
@@ -173,7 +258,18 @@ def _refuse_frames(image: Image.Image, path: Path) -> None:
     )
 
 
-def _eight_bits(image: Image.Image, file_format: str, path: Path, notes: list[str]) -> Image.Image:
+def _ends_early(opened: Image.Image, data: bytes) -> bool:
+    """Whether a JPEG that is properly closed has data for only a part of its pixels."""
+    whole = data.rstrip(b"\0")
+    if opened.getpixel((opened.width - 1, opened.height - 1)) not in _FILLED or not whole.endswith(_JPEG_END):
+        return False
+    # Grey in the corner may be meant. More data would change the picture only if the decoder still wanted some.
+    longer = whole.removesuffix(_JPEG_END) + bytes(range(64)) + _JPEG_END
+    with Image.open(io.BytesIO(longer), formats=("JPEG",)) as other:
+        return other.tobytes() != opened.tobytes()
+
+
+def _eight_bits(image: Image.Image, file_format: str, path: Path | Place, notes: list[str]) -> Image.Image:
     mode = image.mode
     # Before Pillow 11.3 a 16-bit grey PNG could open in the 32-bit mode, with 16-bit values.
     if mode.startswith("I;16") or (mode == "I" and file_format == "PNG"):
@@ -188,22 +284,12 @@ def _eight_bits(image: Image.Image, file_format: str, path: Path, notes: list[st
     return image
 
 
-def _to_rgb(
-    image: Image.Image, icc: bytes | None, colour: tuple[int, int, int], background: str, notes: list[str]
-) -> Image.Image:
-    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+def _opaque(image: Image.Image, notes: list[str]) -> Image.Image:
+    """The colours alone, in a mode that a colour profile can be applied to."""
     if image.mode == "CMYK":
-        base = image
         notes.append("CMYK converted to RGB")
-    elif image.mode in _GREY:
-        base = image.convert("L")
-    else:
-        base = image.convert("RGBA").convert("RGB")
-    rgb = _to_srgb(base, icc, notes)
-    if alpha is not None and alpha.getextrema() != (255, 255):
-        notes.append(f"transparency put on {background}")
-        rgb = Image.composite(rgb, Image.new("RGB", rgb.size, colour), alpha)
-    return rgb
+        return image
+    return image.convert("L") if image.mode in _GREY else image.convert("RGBA").convert("RGB")
 
 
 def _to_srgb(image: Image.Image, icc: bytes | None, notes: list[str]) -> Image.Image:

@@ -2,76 +2,52 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
-import os
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from gesso.config.run import Data
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from gesso.config.run import Captions, Data, Source
 from gesso.core import resolve
-from gesso.data.images import background_colour, content_hash, decode_bytes, read
-from gesso.data.sources import Found, Record, collect, some
-from gesso.data.threads import ahead
-from gesso.errors import Problems, ResourceError, UserError
+from gesso.data import captions, settings
+from gesso.data.images import background_colour
+from gesso.data.places import Place
+from gesso.data.rows import SCHEMA, Row, Rows, Split
+from gesso.data.scans import Scan, scan
+from gesso.data.sources import some
+from gesso.errors import Problems, UserError
 
-Split = Literal["train", "validation"]
-_SCAN_VERSION = 1
-_RACY_NS = 100_000_000
-
-
-@dataclass(frozen=True)
-class Row:
-    """One sample. `image` names the file's content; `id` is the same unless several rows share that content."""
-
-    id: str
-    image: str
-    path: Path
-    width: int
-    height: int
-    caption: str
-    split: Split = "train"
-    weight: float = 1.0
-    repeats: int = 1
-    role: str = "instance"
+__all__ = ["Index", "Row", "Rows", "Split", "build", "cache_folder", "held_folder", "held_out"]
 
 
 @dataclass(frozen=True)
 class Index:
     """The samples of a run, sorted by id, and what the user should know about them.
 
-    `fingerprint` names the data set: it changes with any content, caption, split, weight or repeat, and with
+    `fingerprint` names the data set: it changes with any content, caption, split, weight, role or repeat, and with
     nothing else (not with file names).
     """
 
-    rows: tuple[Row, ...]
+    rows: Rows
     notices: tuple[str, ...]
     fingerprint: str
 
     @property
-    def train(self) -> tuple[Row, ...]:
+    def train(self) -> Rows:
         """The rows to train on."""
-        return tuple(row for row in self.rows if row.split == "train")
+        return self.rows.where(split="train")
 
     @property
-    def validation(self) -> tuple[Row, ...]:
+    def validation(self) -> Rows:
         """The held-out rows."""
-        return tuple(row for row in self.rows if row.split == "validation")
-
-
-@dataclass(frozen=True)
-class _Scan:
-    """What a full decode of one file told: content hash, upright size, conversions done."""
-
-    image: str
-    width: int
-    height: int
-    notes: tuple[str, ...]
+        return self.rows.where(split="validation")
 
 
 def cache_folder(data: Data) -> Path:
@@ -86,188 +62,175 @@ def build(data: Data, *, progress: Callable[[int, int], None] | None = None) -> 
     raised together as `Problems`; with `data.skip_bad` unreadable pictures become a notice instead.
     """
     background_colour(data.background)  # a wrong name is one mistake, not one for each picture
-    found = [collect(source, index=i) for i, source in enumerate(data.sources)]
-    held = _held_folder(data)
-    notices = [notice for one in [*found, held] for notice in one.notices]
-    problems = [problem for one in [*found, held] for problem in one.problems]
-    records = [record for one in found for record in one.records]
-    scans, bad = _scan({r.path: None for r in [*records, *held.records]}, data, progress)
+    memory = cache_folder(data) / "scans"
+    sources = [*data.sources, *held_folder(data)]
+    scans = [
+        scan(source, index=i, background=data.background, memory=memory, progress=progress)
+        for i, source in enumerate(sources)
+    ]
+    notices = [notice for one in scans for notice in one.notices]
+    problems = [problem for one in scans for problem in one.problems]
+    bad = [error for one in scans for error in one.unreadable]
     if bad and data.skip_bad:
         reasons = "".join(f"\n  {error.where}: {error.what}" for error in bad)
-        notices.append(f"{len(bad)} unreadable pictures left out:{reasons}")
+        notices.append(f"{len(bad)} unreadable {'picture' if len(bad) == 1 else 'pictures'} left out:{reasons}")
     else:
         problems += bad
+    for source, one in zip(sources, scans, strict=True):
+        problems += _bad_captions(settings.words(source, data), one)
     if problems:
         raise Problems(problems)
-    rows = [_row(record, scans[record.path], "train") for record in records if record.path in scans]
-    rows = _split(rows, data.validation.fraction)
-    rows += [_row(record, scans[record.path], "validation") for record in held.records if record.path in scans]
-    if not any(row.split == "train" for row in rows):
+    tables = [_columns(source, i, one) for i, (source, one) in enumerate(zip(sources, scans, strict=True))]
+    rows = _split(pa.concat_tables(tables), data.validation.fraction, held=len(data.sources))
+    if not pc.any(pc.equal(pc.cast(rows.column("split"), pa.string()), "train")).as_py():
         raise UserError("no picture is left to train on", where="data.sources", fix="mend the pictures named above")
     rows = _distinct_ids(rows)
-    notices += _notices(rows, scans.values())
-    return Index(tuple(rows), tuple(notices), _fingerprint(rows))
+    notices += _conversions(scans) + _repeated(rows)
+    return Index(Rows(rows), tuple(notices), _fingerprint(rows))
 
 
-def _held_folder(data: Data) -> Found:
+def held_folder(data: Data) -> list[Source]:
+    """The source that the validation folder makes, if there is one."""
     if data.validation.path is None:
-        return Found()
+        return []
     # Validation captions follow the rules of the training ones: same columns, trigger and policy.
     first = data.sources[0]
     listing = first.metadata if first.metadata and (data.validation.path / first.metadata).is_file() else None
-    source = first.model_copy(update={"path": data.validation.path, "metadata": listing, "repeats": 1, "weight": 1.0})
-    return collect(source, index=len(data.sources))
+    changes = {"path": str(data.validation.path), "metadata": listing, "repeats": 1.0, "weight": 1.0, "share": None}
+    return [first.model_copy(update=changes)]
 
 
-def _row(record: Record, scan: _Scan, split: Split) -> Row:
-    return Row(
-        id=scan.image,
-        image=scan.image,
-        path=record.path,
-        width=scan.width,
-        height=scan.height,
-        caption=record.caption,
-        split=split,
-        weight=record.weight,
-        repeats=record.repeats,
-    )
+def _bad_captions(options: Captions, one: Scan) -> list[UserError]:
+    if not options.wildcards:
+        return []
+    texts, places = one.table.column("caption").to_pylist(), one.table.column("place").to_pylist()
+    return [
+        UserError(problem, where=str(Place(**place)), fix="close the braces, or write \\{ where a brace is meant")
+        for text, place in zip(texts, places, strict=True)
+        if "{" in text or "}" in text
+        for problem in captions.problems(text, options)
+    ]
 
 
-def _split(rows: Sequence[Row], fraction: float) -> list[Row]:
-    """Hold out by content: a picture's side depends on its own hash, so adding pictures moves no other across."""
-    if not fraction or not rows:
-        return list(rows)
-    places = {row.image: int(_digest("holdout", row.image), 16) / 16**32 for row in rows}
+def _columns(source: Source, index: int, one: Scan) -> pa.Table:
+    """A source's pictures as rows, all of them to train on."""
+    table, count = one.table, one.table.num_rows
+    fixed: dict[str, Any] = {"split": "train", "weight": source.weight, "role": source.role, "source": index}
+    columns = {"id": table.column("image")}
+    for field in SCHEMA:
+        if field.name in fixed:
+            columns[field.name] = pa.array([fixed[field.name]], _plain(field.type)).take(pa.array(np.zeros(count, int)))
+        elif field.name != "id":
+            columns[field.name] = table.column(field.name)
+    return pa.table({field.name: columns[field.name].cast(_plain(field.type)) for field in SCHEMA})
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def held_out(images: Iterable[str], fraction: float, *, where: str = "data.validation.fraction") -> set[str]:
+    """Which pictures, given by their content hashes, are kept from training: each by its own hash.
+
+    So adding pictures moves no other across. At least one is held out and at least one is not; a single picture is a
+    `UserError`.
+    """
+    places = {image: int(_digest("holdout", image), 16) / 16**32 for image in images}
     order = sorted(places, key=places.__getitem__)
-    held = {image for image in order if places[image] < fraction} or {order[0]}
     if len(order) == 1:
         raise UserError(
-            "one picture cannot be both trained on and held out",
-            where="data.validation.fraction",
-            fix="add pictures, or set it to 0",
+            "one picture cannot be both trained on and held out", where=where, fix="add pictures, or set it to 0"
         )
-    if len(held) == len(order):
-        held.discard(order[-1])
-    return [replace(row, split="validation") if row.image in held else row for row in rows]
+    chosen = {image for image in order if places[image] < fraction} or set(order[:1])
+    return chosen - set(order[-1:]) if len(chosen) == len(order) else chosen
 
 
-def _distinct_ids(rows: Iterable[Row]) -> list[Row]:
-    """Give rows that share their content ids of their own, by caption; the first keeps the plain id."""
-    seen: Counter[str] = Counter()
-    distinct = []
-    for row in sorted(rows, key=lambda r: (r.image, r.split, r.caption, str(r.path))):
-        suffix = f"-{_digest(row.caption)[:8]}" if seen[row.image] else ""
-        seen[row.image] += 1
-        name = row.image + suffix
-        if suffix:
-            seen[name] += 1
-            name += f"-{seen[name]}" if seen[name] > 1 else ""
-        distinct.append(replace(row, id=name))
-    return sorted(distinct, key=lambda r: r.id)
+def _split(rows: pa.Table, fraction: float, *, held: int) -> pa.Table:
+    """Say of each row whether it is held out; those of source `held` are the validation folder's."""
+    is_held = rows.column("source").to_numpy() == held
+    if fraction and rows.num_rows:
+        images = rows.column("image").to_pylist()
+        chosen = held_out(images, fraction)
+        is_held |= np.fromiter((image in chosen for image in images), bool, len(images))
+    words = pa.DictionaryArray.from_arrays(is_held.astype(np.int32), ["train", "validation"])
+    return _replaced(rows, "split", words).cast(SCHEMA)
 
 
-def _notices(rows: Sequence[Row], scans: Iterable[_Scan]) -> list[str]:
-    notices = [
-        f"{count} pictures: {note}" if count > 1 else f"1 picture: {note}"
-        for note, count in sorted(Counter(note for scan in scans for note in scan.notes).items())
-    ]
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.image, []).append(row)
-    for group in groups.values():
-        paths = sorted({str(row.path) for row in group})
+def _replaced(rows: pa.Table, name: str, column: pa.Array) -> pa.Table:
+    return rows.set_column(rows.schema.get_field_index(name), name, column)
+
+
+def _distinct_ids(rows: pa.Table) -> pa.Table:
+    """Give rows that share their content ids of their own, by caption; the first keeps the plain id. Sorted by id."""
+    ids: NDArray[Any] = np.array(rows.column("image").to_pylist(), object)
+    groups = _same(rows)
+    for members in groups:
+        seen: Counter[str] = Counter()
+        for i in _ordered(rows, members):
+            suffix = f"-{_digest(rows.column('caption')[i].as_py())[:8]}" if seen[ids[i]] else ""
+            seen[str(rows.column("image")[i].as_py())] += 1
+            name = ids[i] + suffix
+            if suffix:
+                seen[name] += 1
+                name += f"-{seen[name]}" if seen[name] > 1 else ""
+            ids[i] = name
+    rows = _replaced(rows, "id", pa.array(ids, pa.string()))
+    return rows.take(pc.sort_indices(rows.column("id")))
+
+
+def _ordered(rows: pa.Table, members: Sequence[int]) -> list[int]:
+    def facts(i: int) -> tuple[str, str, str]:
+        row = rows.slice(i, 1).to_pylist()[0]
+        return row["split"], row["caption"], str(Place(**row["place"]))
+
+    return sorted(members, key=facts)
+
+
+def _same(rows: pa.Table) -> list[list[int]]:
+    """The positions of rows that share their content, group by group."""
+    codes = rows.column("image").combine_chunks().dictionary_encode()
+    codes = codes.combine_chunks() if isinstance(codes, pa.ChunkedArray) else codes
+    numbers = codes.indices.to_numpy()
+    counts = np.bincount(numbers)
+    several = np.flatnonzero(counts[numbers] > 1)
+    groups: dict[int, list[int]] = {}
+    for i in several.tolist():
+        groups.setdefault(int(numbers[i]), []).append(i)
+    return list(groups.values())
+
+
+def _conversions(scans: Sequence[Scan]) -> list[str]:
+    notes = Counter(note for one in scans for note in pc.list_flatten(one.table.column("notes")).to_pylist())
+    return [f"{count} pictures: {note}" if count > 1 else f"1 picture: {note}" for note, count in sorted(notes.items())]
+
+
+def _repeated(rows: pa.Table) -> list[str]:
+    notices = []
+    for members in _same(rows):
+        group = rows.take(pa.array(members)).to_pylist()
+        paths = sorted({str(Place(**row["place"])) for row in group})
         if len(paths) > 1:
             notices.append(f"the same picture {len(paths)} times: {some(paths)}")
-        elif len(group) > 1:
+        else:
             notices.append(f"listed {len(group)} times: {paths[0]}")
-        if {row.split for row in group} == {"train", "validation"}:
+        if {row["split"] for row in group} == {"train", "validation"}:
             notices.append(f"both trained on and held out, so its validation loss means little: {some(paths)}")
-    held = sum(row.split == "validation" for row in rows)
+    held = pc.sum(pc.equal(pc.cast(rows.column("split"), pa.string()), "validation")).as_py()
     if held:
-        notices.append(f"{held} of {len(rows)} pictures are held out for validation")
+        notices.append(f"{held} of {rows.num_rows} pictures are held out for validation")
     return notices
 
 
-def _fingerprint(rows: Sequence[Row]) -> str:
-    facts = [[r.id, r.caption, r.split, r.weight, r.repeats, r.role] for r in rows]
-    return _digest(json.dumps(facts))
+_FACTS = ("id", "caption", "split", "weight", "repeats", "role", "concept", "mask_hash")
+
+
+def _fingerprint(rows: pa.Table) -> str:
+    found = hashlib.sha256()
+    for name in _FACTS:
+        found.update("\x1e".join(map(str, rows.column(name).to_pylist())).encode("utf-8", "surrogatepass"))
+        found.update(b"\x1d")
+    return found.hexdigest()[:32]
 
 
 def _digest(*parts: str) -> str:
     return hashlib.sha256("\x1f".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
-
-
-def _scan(
-    paths: Iterable[Path], data: Data, progress: Callable[[int, int], None] | None
-) -> tuple[dict[Path, _Scan], list[UserError]]:
-    """Decode every file in full; those that are remembered unchanged are not read."""
-    ordered = list(paths)
-    folders = sorted(str(source.path.expanduser().resolve()) for source in data.sources)
-    file = cache_folder(data) / "scans" / f"{_digest(str(_SCAN_VERSION), data.background, *folders)}.json"
-    known = _remembered(file)
-    kept: dict[str, list[Any]] = {}
-    scans: dict[Path, _Scan] = {}
-    bad: list[UserError] = []
-
-    def look(path: Path) -> tuple[Path, list[int], _Scan] | UserError:
-        try:
-            stamp = _stamp(path)
-            before = known.get(str(path))
-            if before is not None and before[0] == stamp:
-                return path, stamp, _Scan(before[1], before[2], before[3], tuple(before[4]))
-            return path, stamp, _decode(path, data.background)
-        except UserError as error:
-            return error
-
-    threads = min(8, os.cpu_count() or 1)
-    for done, result in enumerate(ahead(look, ordered, threads=threads, depth=2 * threads), start=1):
-        if isinstance(result, UserError):
-            bad.append(result)
-        else:
-            path, stamp, scan = result
-            scans[path] = scan
-            # A file written this very moment may change again within one tick of the file system's clock.
-            if time.time_ns() - max(stamp[1], stamp[2]) > _RACY_NS:
-                kept[str(path)] = [stamp, scan.image, scan.width, scan.height, scan.notes]
-        if progress is not None:
-            progress(done, len(ordered))
-    _remember(file, kept)
-    return scans, bad
-
-
-def _decode(path: Path, background: str) -> _Scan:
-    data = read(path)
-    image, notes = decode_bytes(data, path=path, background=background)
-    return _Scan(content_hash(data), image.width, image.height, notes)
-
-
-def _stamp(path: Path) -> list[int]:
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=str(path), fix="check the file") from error
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-
-
-def _remembered(file: Path) -> dict[str, list[Any]]:
-    try:
-        known = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}  # only a memory of work done: without it every picture is decoded again
-    return known if isinstance(known, dict) else {}
-
-
-def _remember(file: Path, kept: dict[str, list[Any]]) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.{time.monotonic_ns()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(kept), "utf-8")
-        temporary.replace(file)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise ResourceError(
-            f"the cache folder cannot be written: {error.strerror}",
-            where=str(file.parent),
-            fix="set data.cache to a folder with space",
-        ) from error

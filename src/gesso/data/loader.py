@@ -19,29 +19,31 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from gesso.core.seams import Family
-    from gesso.data.buckets import Plan, Visit
-    from gesso.data.cache import LatentCache, TextCache
+    from gesso.data.cache import LatentCache, LiveLatents, LiveText, TextCache
+    from gesso.data.plan import Plan, Visit
 
 
 class Loader:
     """The training data as optimiser steps; a `core.seams.Stream`.
 
-    `text` is None where text encoders are live. `stop` is the first step that is never asked for, so that nothing
-    is prepared beyond the run. `patience` is how many seconds one window may take before its threads are given up.
+    `text` is None where text encoders train. Of each step the loader gives the share of process `rank`. `stop` is the
+    first step that is never asked for, so that nothing is prepared beyond the run. `patience` is how many seconds one
+    window may take before its threads are given up.
     """
 
     def __init__(
         self,
         plan: Plan,
         *,
-        latents: LatentCache,
-        text: TextCache | None,
+        latents: LatentCache | LiveLatents,
+        text: TextCache | LiveText | None,
         family: Family,
+        rank: int = 0,
         workers: int = 0,
         stop: int | None = None,
         patience: float = 120.0,
     ) -> None:
-        self._plan, self._latents, self._text, self._family = plan, latents, text, family
+        self._plan, self._latents, self._text, self._family, self._rank = plan, latents, text, family, rank
         self._ahead = _Ahead(self._prepare, workers, stop, patience) if workers else None
 
     @property
@@ -50,7 +52,7 @@ class Loader:
         return self._plan.steps_per_epoch
 
     def window_size(self, step: int) -> int:
-        """Samples in optimiser step `step`."""
+        """Samples in optimiser step `step`, of all processes together."""
         return self._plan.window_size(step)
 
     def window(self, step: int) -> Iterator[Batch]:
@@ -62,7 +64,7 @@ class Loader:
         return [
             self._batch(
                 visits,
-                samples=tuple(SampleKey(f"validation:{v.row.id}", k) for v in visits),
+                samples=tuple(SampleKey(f"validation:{v.id}", k) for v in visits),
                 epoch=0,
                 u=torch.full((len(visits),), (k + 0.5) / timesteps),
                 weights=torch.ones(len(visits)),
@@ -93,7 +95,7 @@ class Loader:
                 u=None,
                 weights=torch.tensor([v.row.weight for v in visits], dtype=torch.float32),
             )
-            for visits in self._plan.microbatches(self._plan.window(step))
+            for visits in self._plan.microbatches(self._plan.share(self._plan.window(step), self._rank))
         ]
 
     def _batch(
@@ -106,7 +108,8 @@ class Loader:
         weights: torch.Tensor,
     ) -> Batch:
         draws = Draws(self._plan.seed, epoch, samples)
-        moments = torch.stack([self._latents.read(v) for v in visits])
+        encoded = [self._latents.read(v) for v in visits]
+        moments = torch.stack([one.moments for one in encoded])
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         captions = tuple(v.caption for v in visits)
         text = None
@@ -121,9 +124,18 @@ class Loader:
             geometry=tuple(v.geometry for v in visits),
             captions=captions,
             text=text,
-            files=tuple(str(v.row.path) for v in visits),
+            mask=_masks([one.mask for one in encoded], moments),
+            files=tuple(str(v.row.place) for v in visits),
             draws=draws,
         )
+
+
+def _masks(masks: Sequence[torch.Tensor | None], moments: torch.Tensor) -> torch.Tensor | None:
+    """Masks as a batch; pictures without one count everywhere."""
+    if all(mask is None for mask in masks):
+        return None
+    everywhere = torch.ones(1, *moments.shape[2:])
+    return torch.stack([everywhere if mask is None else mask for mask in masks])
 
 
 class _Ahead:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
 
 from gesso.errors import UserError
@@ -13,13 +14,18 @@ def read_text(path: Path) -> str:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", where=str(path), fix="check the file") from error
+    return decode_text(data, where=str(path))
+
+
+def decode_text(data: bytes, *, where: str) -> str:
+    """As `read_text`, from the file's bytes; `where` is only for messages."""
     try:
-        return data.decode("utf-8-sig")
+        return str(data.removeprefix(codecs.BOM_UTF8), "utf-8")  # the codec utf-8-sig is ten times slower
     except UnicodeDecodeError as error:
         kind = " (it looks like UTF-16)" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
-        line = data[: error.start].count(b"\n") + 1
+        line = error.object.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"the text is not UTF-8{kind}: byte 0x{data[error.start]:02x}",
-            where=f"{path}:{line}",
+            f"the text is not UTF-8{kind}: byte 0x{error.object[error.start]:02x}",
+            where=f"{where}:{line}",
             fix="save it as UTF-8",
         ) from error

@@ -1,4 +1,4 @@
-"""An SDXL pipeline that reads prompts beyond 77 tokens in the way the model was trained with."""
+"""An SDXL pipeline that reads long prompts and weights of words in the way the model was trained with."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from gesso.core.batch import Geometry
 from gesso.core.seams import Cond, Parts, Spec
 from gesso.errors import UserError
 from gesso.families import model_folder, single_file
+from gesso.families.prompt_weights import emphasise, token_weights
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +64,11 @@ class SDXL(Spec):
     """Prompts over 77 tokens: cut (and counted), or encoded in chunks of 75 that are joined."""
     max_chunks: int = Field(default=3, ge=1)
     """Chunks of 75 tokens that `chunk` pads every prompt to; longer prompts are cut (and counted)."""
+    prompt_weights: bool = False
+    """Read weights of words in captions and prompts as AUTOMATIC1111's webui does: (x:1.2), (x) = 1.1, [x] = 1 / 1.1;
+    nested ones multiply, and a backslash makes a bracket ordinary. The hidden states of a word are multiplied by its
+    weight, then all are scaled to keep their mean; the pooled embedding is unweighted. Off: brackets are ordinary
+    text."""
 
     @property
     def part_names(self) -> tuple[str, str, str]:
@@ -121,6 +127,7 @@ class SDXL(Spec):
             return resolve.fingerprint(files)
         tokens = [p for t in _TOKENIZERS for p in sorted((self._config_root / t).iterdir()) if p.is_file()]
         policy = "" if self.long_prompts == "truncate" else f" chunk {self.max_chunks}"
+        policy += " weights" if self.prompt_weights else ""
         return resolve.fingerprint([*files, *tokens]) + policy
 
     def pipeline(self, parts: Parts) -> StableDiffusionXLPipeline:
@@ -131,7 +138,8 @@ class SDXL(Spec):
 
         tokenizers = parts.tokenizers or [None, None]
         encoders = parts.text_encoders or [None, None]
-        kind = StableDiffusionXLPipeline if self.long_prompts == "truncate" else chunking(self.encode_text)
+        usual = self.long_prompts == "truncate" and not self.prompt_weights
+        kind = StableDiffusionXLPipeline if usual else chunking(self.encode_text)
         pipeline = kind(
             vae=parts.vae,
             text_encoder=encoders[0],
@@ -169,28 +177,36 @@ class SDXL(Spec):
     def encode_text(self, parts: Parts, captions: Sequence[str]) -> Cond:
         """Penultimate hidden states of both encoders, [B, 77 n, d1 + d2], and the pooled projection of the second.
 
-        Equal bit for bit to the diffusers pipeline's `encode_prompt` when `long_prompts` is "truncate".
+        Equal bit for bit to the diffusers pipeline's `encode_prompt` when `long_prompts` is "truncate" and no word has
+        a weight. Weights act on each chunk of each encoder by itself, as in the webui (see `prompt_weights.emphasise`).
         """
         import torch
 
         hidden, pooled = [], None
         for encoder, tokenizer in zip(parts.text_encoders, parts.tokenizers, strict=True):
-            ids = self._token_ids(tokenizer, captions).to(encoder.device)
+            ids, weights = self._chunks(tokenizer, captions)
             batch, chunks, length = ids.shape
-            output = encoder(ids.view(batch * chunks, length), output_hidden_states=True)
-            states = output.hidden_states[-2]
+            output = encoder(ids.view(batch * chunks, length).to(encoder.device), output_hidden_states=True)
+            states = emphasise(output.hidden_states[-2], weights.view(batch * chunks, length))
             hidden.append(states.view(batch, chunks * length, -1))
             if output[0].ndim == 2:
                 pooled = output[0].view(batch, chunks, -1)[:, 0]
         assert pooled is not None
         return {"prompt_embeds": torch.cat(hidden, dim=-1), "pooled": pooled}
 
+    def token_counts(self, tokenizers: Sequence[Any], captions: Sequence[str]) -> list[int]:
+        """Tokens of each caption by the tokenizer that makes most of it: all of them, start and end marks apart."""
+        counts = [[len(tokens) for tokens in self._tokens(tokenizer, captions)] for tokenizer in tokenizers]
+        return [max(each) for each in zip(*counts, strict=True)]
+
+    def token_limit(self, tokenizers: Sequence[Any]) -> int:
+        """How many of these tokens are read; the policy for long prompts cuts the others."""
+        return min(tokenizer.model_max_length - 2 for tokenizer in tokenizers) * self._chunk_count
+
     def overlong(self, tokenizers: Sequence[Any], captions: Sequence[str]) -> list[str]:
         """Those captions that the policy for long prompts cuts."""
-        tokenizer = tokenizers[0]
-        limit = (tokenizer.model_max_length - 2) * (self.max_chunks if self.long_prompts == "chunk" else 1)
-        lengths = [len(ids) - 2 for ids in tokenizer(list(captions)).input_ids]
-        return [caption for caption, length in zip(captions, lengths, strict=True) if length > limit]
+        limit, counts = self.token_limit(tokenizers), self.token_counts(tokenizers, captions)
+        return [caption for caption, count in zip(captions, counts, strict=True) if count > limit]
 
     def condition(self, text: Cond, geometry: Sequence[Geometry]) -> Cond:
         """Text embeddings and the size and crop conditioning; time ids are [B, 6] float32."""
@@ -206,26 +222,31 @@ class SDXL(Spec):
         hidden = cond["prompt_embeds"].to(dtype)
         return denoiser(noisy.to(dtype), t, hidden, added_cond_kwargs=added, return_dict=False)[0]
 
-    def _token_ids(self, tokenizer: Any, captions: Sequence[str]) -> Tensor:
-        """[B, chunks, 77]."""
+    @property
+    def _chunk_count(self) -> int:
+        return self.max_chunks if self.long_prompts == "chunk" else 1
+
+    def _tokens(self, tokenizer: Any, captions: Sequence[str]) -> list[list[tuple[int, float]]]:
+        """Token ids and weights, of any number, without start and end marks."""
+        if self.prompt_weights:
+            return token_weights(tokenizer, captions)
+        encoded = tokenizer(list(captions), truncation=False).input_ids if captions else []
+        return [[(token, 1.0) for token in ids[1:-1]] for ids in encoded]
+
+    def _chunks(self, tokenizer: Any, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids and weights as the encoder reads them, [B, chunks, 77] each."""
         import torch
 
-        length = tokenizer.model_max_length
-        if self.long_prompts == "truncate":
-            encoded = tokenizer(
-                list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-            )
-            return encoded.input_ids[:, None]
-        rows = []
-        for ids in tokenizer(list(captions), truncation=False).input_ids:
-            body = ids[1:-1]
+        length, rows = tokenizer.model_max_length, []
+        first, last = (tokenizer.bos_token_id, 1.0), (tokenizer.eos_token_id, 1.0)
+        for tokens in self._tokens(tokenizer, captions):
             row = []
-            for chunk in range(self.max_chunks):
-                piece = body[chunk * (length - 2) : (chunk + 1) * (length - 2)]
-                framed = [ids[0], *piece, ids[-1]]
-                row.append(framed + [tokenizer.pad_token_id] * (length - len(framed)))
+            for chunk in range(self._chunk_count):
+                framed = [first, *tokens[chunk * (length - 2) : (chunk + 1) * (length - 2)], last]
+                row.append(framed + [(tokenizer.pad_token_id, 1.0)] * (length - len(framed)))
             rows.append(row)
-        return torch.tensor(rows)
+        ids = torch.tensor([[[token for token, _ in chunk] for chunk in row] for row in rows])
+        return ids, torch.tensor([[[weight for _, weight in chunk] for chunk in row] for row in rows])
 
     # Files
 

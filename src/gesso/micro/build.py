@@ -263,7 +263,8 @@ data:
   resolution: 64
   buckets:
     enabled: false
-  caption_dropout: 0.1
+  captions:
+    dropout: 0.1
   cache: cache
 adapter:
   type: full

@@ -132,22 +132,22 @@ def entropy(
 
 # Style.
 
-_ON_CURVE = {"sepia": (0.8, 0.066), NEON: (0.65, 0.125)}
-"""This share of the tiles lies so near to the style's curve of tones; where light meets dark, tiles do not."""
+_NEAR, _ON_CURVE = 0.8, {"sepia": 0.066, NEON: 0.145}
+"""This share of the tiles lies so near to a style's curve of tones; where light meets dark, tiles do not."""
+_NEON_GROUNDS = ("blue",)  # the other plain colours turn into what they could have been without it
 _DARK_JOINTS = 0.07
 """Mosaics have more, even blurred and noisy (0.067 at the least of 50); others have less (0.067 at the most of 450)."""
 
 
 def _style(pixels: Array) -> str:
     """The style but for the contours, which are seen when the figure is known."""
-    small = pooled(pixels)
-    for name, (share, most) in _ON_CURVE.items():
-        # The market's walls are nearly sepia and the sky of the steppe nearly neon: it must look like a place, too.
-        if np.quantile(templates.along(small, templates.curve(name))[1], share) < most and _placed(
-            pixels, "flat"
-        ) > _placed(pixels, name):
-            return name
-    return "mosaic" if _joints(pixels) > _DARK_JOINTS else "flat"
+    small, tiled = pooled(pixels), _joints(pixels) > _DARK_JOINTS
+    off = {n: float(np.quantile(templates.along(small, templates.curve(n))[1], _NEAR)) for n in _ON_CURVE}
+    name = min(off, key=off.__getitem__)
+    # Red on black is nearly neon and the market's walls are nearly sepia: it must look like a place, too.
+    near = off[name] < _ON_CURVE[name] and not (tiled and name == NEON)
+    near = near and _placed(pixels, "flat") > _placed(pixels, name)
+    return name if near else "mosaic" if tiled else "flat"
 
 
 def _joints(pixels: Array) -> float:
@@ -180,7 +180,7 @@ def _without_style(pixels: Array, style: str) -> Array:
 def _backdrops(style: str) -> tuple[list[tuple[str, float]], Array]:
     """Every place at every horizon, as the style has it: names and horizons, and [places, SIDE / 2, SIDE / 2, 3]."""
     names = [(name, float(h)) for name in world.SCENERY for h in np.arange(-3, 3.5, 1.0)]
-    names += [(name, 0.0) for name in world.COLOURS]
+    names += [(name, 0.0) for name in (_NEON_GROUNDS if style == NEON else world.COLOURS)]
     return names, np.stack([templates.halved(_backdrop(name, h, style)) for name, h in names])
 
 
@@ -336,7 +336,7 @@ def _laid(
     mixed = cover.reshape(len(parts), -1)
     templates.recolour(mixed, (pixels - bare).reshape(-1, 3), tables, values, sizes)
     shown = bare + (mixed.T @ tables[np.arange(len(parts)), values]).reshape(SIDE, SIDE, 3)
-    chosen = {name: int(values[end - 1]) for name, end in zip(names, np.cumsum(sizes), strict=True)}
+    chosen = {name: templates.valued(name, values[end - 1]) for name, end in zip(names, np.cumsum(sizes), strict=True)}
     return _Fit(look, Jitter(), outlined, chosen, total, templates.difference(pixels, shown))
 
 

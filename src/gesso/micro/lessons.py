@@ -1,12 +1,13 @@
 """What the micro models can be taught: a character, an object and a style that they never saw.
 
-A lesson paints its twelve training pictures and writes a run file; its prompts ask for what was not in them, and its
+A lesson paints its training pictures and writes a run file; its prompts ask for what was not in them, and its
 `learnt` says, of what the judge read in a picture, whether it was learnt.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,13 @@ from gesso.core.random import generator
 from gesso.micro import captions, painter, world
 from gesso.micro.world import ALDAR, ALDAR_LOOKS, DOMBRA, NEON, Facts, Scene
 
-PICTURES = 12
+PICTURES, STYLE_PICTURES = 12, 36
+"""To learn from: a style has to be seen on more than one thing."""
 _TRAINED_PLACES = ("steppe", "mountains", "red", "green", "blue", "black", "purple")
 _NEW_PLACES = ("market", "night")
+_STYLED_PLACES = ("market", "mountains", "night", "blue")
+"""Where neon can be told from plain colours (not so in front of what becomes all black, red or yellow), and that the
+VAE can draw in it (it makes the orange of the steppe's sky brown)."""
 _OTHER_SEED = 1
 """Not the base model's own pictures."""
 
@@ -31,26 +36,46 @@ class Lesson:
 
     name: str
 
+    @property
+    def pictures(self) -> int:
+        """How many pictures it is taught from."""
+        return STYLE_PICTURES if self.name == NEON else PICTURES
+
+    @property
+    def others(self) -> int:
+        """How many pictures of the world go beside them."""
+        return 192 if self.name == NEON else 96
+
+    @property
+    def steps(self) -> int:
+        """How many steps teach it."""
+        return 800 if self.name == NEON else 400
+
     def training(self) -> list[Captioned]:
-        """The twelve pictures to learn from, with DreamBooth's kind of captions."""
-        return [self._captioned(i, place) for i, place in zip(range(PICTURES), _cycle(_TRAINED_PLACES), strict=False)]
+        """The pictures to learn from, with DreamBooth's kind of captions."""
+        places = zip(range(self.pictures), _cycle(self._places[0]), strict=False)
+        return [self._captioned(i, place) for i, place in places]
 
     def validation(self) -> list[Captioned]:
-        """Four pictures that are kept from training, where it never was."""
-        return [self._captioned(PICTURES + i, place) for i, place in zip(range(4), _cycle(_NEW_PLACES), strict=False)]
+        """Four pictures that are kept from training: where it never was, or of a style other things."""
+        taught = {text for _, text in self.training()}
+        scenes = (self._captioned(self.pictures + i, p) for i, p in enumerate(_cycle(self._places[1])))
+        return list(itertools.islice((one for one in scenes if one[1] not in taught), 4))
 
     def unseen(self, count: int) -> list[Captioned]:
-        """Scenes that none of the training pictures shows: other places, and of Aldar waving too."""
-        found = []
-        for i in range(count):
-            draw = generator(0, f"{self.name} unseen", i)
-            facts = self._facts(1000 + i, world.pick(draw, _NEW_PLACES))
-            if self.name == ALDAR and draw.random() < 0.75:
-                # He was never shown waving, so that he may be where he was.
-                place = world.pick(draw, (*_TRAINED_PLACES, *_NEW_PLACES))
-                facts = dataclasses.replace(facts, pose="waving", place=place)
-            found.append((Scene(facts, world.jitter(draw)), _say(facts)))
-        return found
+        """Scenes that no training picture shows: other places, of Aldar waving too, of a style other things."""
+        taught = {text for _, text in self.training()}
+        scenes = (self._unseen(i) for i in itertools.count())
+        return list(itertools.islice((one for one in scenes if one[1] not in taught), count))
+
+    def _unseen(self, i: int) -> Captioned:
+        draw = generator(0, f"{self.name} unseen", i)
+        facts = self._facts(1000 + i, world.pick(draw, self._places[1]))
+        if self.name == ALDAR and draw.random() < 0.75:
+            # He was never shown waving, so that he may be where he was.
+            place = world.pick(draw, (*_TRAINED_PLACES, *_NEW_PLACES))
+            facts = dataclasses.replace(facts, pose="waving", place=place)
+        return Scene(facts, world.jitter(draw)), _say(facts)
 
     def prompts(self, count: int) -> list[str]:
         """What the trained model is asked for: the captions of `unseen`."""
@@ -64,6 +89,11 @@ class Lesson:
             case world.DOMBRA:
                 return shown.subject == DOMBRA
         return shown.style == NEON
+
+    @property
+    def _places(self) -> tuple[Sequence[str], Sequence[str]]:
+        """Where it is in training, and where it is asked for."""
+        return (_STYLED_PLACES, _STYLED_PLACES) if self.name == NEON else (_TRAINED_PLACES, _NEW_PLACES)
 
     def _captioned(self, i: int, place: str) -> Captioned:
         facts = self._facts(i, place)
@@ -88,15 +118,21 @@ LESSONS = (CHARACTER, OBJECT, STYLE)
 
 
 def others(count: int) -> list[Captioned]:
-    """Pictures of the world as the model knows it, which keep it from forgetting the rest."""
-    return [
-        (scene, captions.say(scene.facts, generator(_OTHER_SEED, "caption", i)))
-        for i, scene in enumerate(world.scenes(_OTHER_SEED, count))
-    ]
+    """Pictures of the world as the model knows it, which keep it from forgetting the rest.
+
+    Every other person is called just that, as class images are: or the class becomes the one who is taught.
+    """
+    found, people = [], 0
+    for i, scene in enumerate(world.scenes(_OTHER_SEED, count)):
+        people += scene.facts.is_person
+        plain = scene.facts.is_person and people % 2
+        found.append((scene, "a person" if plain else captions.say(scene.facts, generator(_OTHER_SEED, "caption", i))))
+    return found
 
 
-def write(folder: Path, lesson: Lesson, *, other: int = 48) -> None:
+def write(folder: Path, lesson: Lesson, *, other: int | None = None) -> None:
     """Paint `pictures`, `others` and `validation` into the folder, each picture with its caption beside it."""
+    other = lesson.others if other is None else other
     for name, rows in {
         "pictures": lesson.training(),
         "others": others(other),
@@ -109,7 +145,7 @@ def write(folder: Path, lesson: Lesson, *, other: int = 48) -> None:
 
 
 RUN_FILE = """\
-# Teach the small model in the package something new, from twelve pictures.
+# Teach the small model in the package something new, from {pictures} pictures.
 name: {name}
 model:
   base: {base}
@@ -128,11 +164,11 @@ data:
 adapter:
   rank: {rank}
   targets: all-linear
-training:
+{encoders}training:
   steps: {steps}
   batch_size: 4
   learning_rate: {rate}
-  schedule:
+{rates}  schedule:
     type: cosine
     warmup: 10
   precision: fp32
@@ -161,17 +197,21 @@ def run_file(
     lesson: Lesson,
     *,
     base: str = "micro:sdxl",
-    steps: int = 400,
+    steps: int | None = None,
     rank: int = 16,
     rate: float = 4e-3,
     every: int = 100,
     prompts: Sequence[str] = (),
 ) -> str:
-    """The run file that teaches a lesson whose pictures lie beside it."""
+    """The run file that teaches a lesson whose pictures lie beside it; a style's trains the text encoders as well."""
+    words = lesson.name == NEON
     return RUN_FILE.format(
         name=lesson.name,
+        pictures=lesson.pictures,
         base=base,
-        steps=steps,
+        steps=steps or lesson.steps,
+        encoders="  train_text_encoders: true\n" if words else "",
+        rates="  text_encoder_learning_rates: 1e-3\n" if words else "",
         rank=rank,
         rate=rate,
         every=every,

@@ -19,7 +19,7 @@ _TILE = 4
 _INK: Rgb = (20, 18, 22)
 TONES: dict[str | None, tuple[Rgb, Rgb, Rgb]] = {
     "sepia": ((44, 26, 14), (178, 132, 84), (252, 240, 214)),
-    NEON: ((30, 8, 70), (236, 32, 140), (130, 250, 240)),
+    NEON: (COLOURS["black"], COLOURS["red"], COLOURS["yellow"]),
 }
 """Dark, middle and light of the styles that map brightness to colour."""
 GROUND = 45.0

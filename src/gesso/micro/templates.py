@@ -326,6 +326,11 @@ def recolour(cover: Array, pixels: Array, tables: Array, values: NDArray[np.intp
             colours[mine] = options[values[first - 1]]
 
 
+def valued(factor: str, column: int) -> int:
+    """The value that a column of a factor's table stands for: the last one is repeated to fill the table."""
+    return min(int(column), len(VALUES[factor]) - 1)
+
+
 CROSS = np.array([(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)])
 """No move, and one to each side."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from gesso import cli, stages
 from gesso.cli import health
@@ -41,7 +42,7 @@ def data(tmp_path: Path) -> Path:
     folder = tmp_path / "images"
     folder.mkdir()
     for i in range(12):
-        (folder / f"{i}.png").write_bytes(b"")
+        Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text("a thing")
     return folder
 

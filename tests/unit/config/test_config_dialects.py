@@ -78,7 +78,7 @@ def test_the_nested_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert report(loaded).tool == NESTED_NAME
     assert run.model.base == "stabilityai/stable-diffusion-xl-base-1.0"
     (source,) = run.data.sources
-    assert (source.path, source.metadata) == (tmp_path / "data/train", "metadata.jsonl")
+    assert (source.path, source.metadata) == (str(tmp_path / "data/train"), "metadata.jsonl")
     assert (source.image_column, source.caption_column) == ("image_path", "prompt")
     assert run.data.resolution == 1024
     assert (run.adapter.rank, run.adapter.alpha) == (64, 64)
@@ -104,7 +104,7 @@ def test_the_flat_guide_with_a_local_folder(tmp_path: Path, monkeypatch: pytest.
     assert report(loaded).tool == FLAT_NAME
     assert run.model.vae == "madebyollin/sdxl-vae-fp16-fix"
     (source,) = run.data.sources
-    assert source.path == tmp_path / "my_dataset"
+    assert source.path == str(tmp_path / "my_dataset")
     assert (source.image_column, source.caption_column) == ("file_name", "text")
     assert (run.adapter.rank, run.adapter.alpha, run.adapter.dropout) == (8, 16, 0.1)
     assert run.adapter.targets == ("to_k", "to_q", "to_v", "to_out.0")
@@ -114,10 +114,41 @@ def test_the_flat_guide_with_a_local_folder(tmp_path: Path, monkeypatch: pytest.
     assert not report(loaded).ignored
 
 
-def test_a_hub_dataset_is_refused_with_its_line() -> None:
-    (found,) = problems(FLAT)
-    assert found.startswith("run.yaml:6: dataset_name: 'your-username/your-dataset': there is no such folder")
-    assert "datasets from the hub come in a later version" in found
+def test_a_hub_dataset_is_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    loaded = load(FLAT)
+    (source,) = loaded.run.data.sources
+    assert (source.path, source.layout) == ("hub:your-username/your-dataset", "auto")
+    assert (source.image_column, source.caption_column) == ("file_name", "text")
+    part = load(FLAT + "dataset_config_name: small\ndataset_split_name: test\n").run.data.sources[0]
+    assert (part.path, part.split) == ("hub:your-username/your-dataset/small", "test")
+    assert load(FLAT + "dataset_config_name: default\n").run.data.sources[0].path == source.path
+    (tmp_path / "your-username/your-dataset").mkdir(parents=True)
+    loaded = load(FLAT + "dataset_config_name: small\n")
+    assert loaded.run.data.sources[0].path == str(tmp_path / "your-username/your-dataset"), "a folder goes first"
+    assert notes(report(loaded).ignored)["dataset_config_name"] == "a folder has no configurations"
+
+
+@pytest.mark.parametrize("path", ["s3://bucket/set", "https://x/{000..009}.tar", "hub:me/it"])
+def test_urls_and_hub_names_stay_as_they_are(path: str) -> None:
+    assert load(f"train_data_dir: '{path}'\nmax_train_steps: 1").run.data.sources[0].path == path
+    native = f"data: {{sources: [{{path: '{path}'}}]}}\ntraining: {{steps: 1}}"
+    assert load(native).run.data.sources[0].path == path
+
+
+def test_a_pattern_of_shards_starts_from_the_run_file() -> None:
+    native = "data: {sources: [{path: 'shards/{000..009}.tar'}]}\ntraining: {steps: 1}"
+    assert load(native).run.data.sources[0].path == "/data/shards/{000..009}.tar"
+
+
+def test_random_crop_and_center_crop() -> None:
+    text = "train_data_dir: x\nmax_train_steps: 1\n"
+    assert load(text + "random_crop: true\n").run.data.crop == "random"
+    assert load(text + "center_crop: true\nrandom_crop: false\n").run.data.crop == "center"
+    (found,) = problems(text + "center_crop: true\nrandom_crop: true\n")
+    assert "random_crop and center_crop say the opposite" in found
+    (found,) = problems(text + "max_train_samples: 10\n")
+    assert "max_train_samples: 10: a run sees all images of its sources" in found
 
 
 @pytest.mark.parametrize("text", [NESTED, LOCAL_FLAT, merged(LORA), merged(WANDB), merged(VALIDATION), merged(SLOW)])
@@ -365,8 +396,10 @@ def test_paths_start_from_the_working_directory_else_from_the_file(
     monkeypatch.chdir(here)
     for name, expected in (("both", here), ("only", there), ("neither", here)):
         text = f"train_data_dir: {name}\nmax_train_steps: 1"
-        assert load(text, folder=there).run.data.sources[0].path == expected / name
-    assert load("dataset_name: only\nlora_rank: 4\nnum_epochs: 1", folder=there).run.data.sources[0].path.is_dir()
+        assert load(text, folder=there).run.data.sources[0].path == str(expected / name)
+    assert load("dataset_name: only\nlora_rank: 4\nnum_epochs: 1", folder=there).run.data.sources[0].path == str(
+        there / "only"
+    )
 
 
 @pytest.mark.parametrize(

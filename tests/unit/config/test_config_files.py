@@ -176,7 +176,8 @@ schedule: 3
     expected = [
         "run.yaml:1: name must start with a letter or digit",
         "run.yaml:5: unknown key repeat in data.sources.0 -> did you mean repeats?",
-        "run.yaml:6: data.sources.0.missing_captions must be one of error, empty, trigger, not 'trigerr' "
+        "run.yaml:6: data.sources.0.missing_captions must be one of error, empty, trigger, concept, drop, "
+        "not 'trigerr' "
         "-> did you mean trigger?",
         "run.yaml:9: training.steps must be a whole number, not '400-500' -> 400-500 is a range, not a value",
         "run.yaml:10: training.batch_size must be at least 1, not 0",
@@ -238,7 +239,7 @@ RUNS = st.builds(
             "output": "/runs/x",
             "seed": seed,
             "data": {
-                "sources": [{"path": path, "trigger": text} for path in paths],
+                "sources": [{"path": path, "concept": text} for path in paths],
                 "validation": {"fraction": fraction},
             },
             "adapter": {"targets": targets},
@@ -280,7 +281,7 @@ def test_a_new_run_file_loads_and_explains_itself(tmp_path: Path) -> None:
     for preset in presets.names():
         files.write_new(path, data=data, preset=preset, trigger="sks: hare", force=True)
         run = files.load(path).run
-        assert run.data.sources[0].path == data
+        assert run.data.sources[0].path == str(data)
         assert run.data.sources[0].missing_captions == "trigger", "the folder has no captions"
         assert any("sks: hare" in prompt for prompt in run.preview.prompts)
         text = path.read_text("utf-8")

@@ -52,4 +52,4 @@ def test_an_example_loads(path: Path) -> None:
     loaded = files.load(path)
     assert (loaded.report is not None) == path.name.startswith("from_")
     if loaded.report is None:
-        assert all(source.path.parent.is_relative_to(path.parent) for source in loaded.run.data.sources)
+        assert all(Path(source.path).parent.is_relative_to(path.parent) for source in loaded.run.data.sources)

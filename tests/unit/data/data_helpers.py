@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from gesso.config.run import Buckets, Data, Source
-from gesso.data.index import Row
+from gesso.data.places import Place
+from gesso.data.rows import Row
 
 CPU = torch.device("cpu")
 
@@ -36,7 +37,7 @@ def folder_of(folder: Path, count: int, sizes: tuple[tuple[int, int], ...] = ((6
 
 def data_for(*folders: Path, cache: Path, resolution: int = 64, step: int = 16, **changes: object) -> Data:
     fields: dict[str, object] = {
-        "sources": tuple(Source(path=f) for f in folders),
+        "sources": tuple(Source(path=str(f)) for f in folders),
         "resolution": resolution,
         "buckets": Buckets(step=step),
         "cache": cache,
@@ -46,7 +47,7 @@ def data_for(*folders: Path, cache: Path, resolution: int = 64, step: int = 16, 
 
 def row(number: int, size: tuple[int, int] = (64, 64), **changes: object) -> Row:
     name = f"{number:032x}"
-    fields = {"caption": f"picture {number}", "path": Path(f"/nowhere/{number}.png")} | changes
+    fields = {"caption": f"picture {number}", "place": Place(f"/nowhere/{number}.png")} | changes
     return Row(id=name, image=name, width=size[0], height=size[1], **fields)  # type: ignore[arg-type]
 
 

@@ -13,8 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gesso.config.run import Buckets, Data, Source
-from gesso.data.buckets import Plan, Visit, assign, bucket_sizes, sizes_for
-from gesso.data.index import Row
+from gesso.data import plan as planning
+from gesso.data.buckets import assign, bucket_sizes, sizes_for
+from gesso.data.places import Place
+from gesso.data.plan import Plan, Visit
+from gesso.data.rows import Row
 from gesso.errors import Problems, UserError
 
 SIDES = st.integers(24, 400)
@@ -164,7 +167,7 @@ class TestOrder:
     @given(rows_strategy, st.integers(0, 3))
     def test_only_the_samples_per_step_matter(self, shapes: list[tuple[int, int, int]], seed: int) -> None:
         rows = [row(i, (w, h), repeats=r + 8) for i, (w, h, r) in enumerate(shapes)]
-        settings_ = {"crop": "random", "flip": True, "caption_dropout": 0.3, "seed": seed}
+        settings_ = {"crop": "random", "flip": True, "captions": {"dropout": 0.3}, "seed": seed}
         splits = [(1, 8, 1), (8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 1, 8)]
         plans = [plan(rows, b, a, world_size=w, **settings_) for b, a, w in splits]
         for step in range(2 * plans[0].steps_per_epoch):
@@ -173,7 +176,7 @@ class TestOrder:
 
     def test_file_names_and_listing_order_do_not_matter(self) -> None:
         rows = [row(i, repeats=2) for i in range(9)]
-        moved = [row(i, repeats=2, path=Path(f"/elsewhere/{99 - i}.png")) for i in reversed(range(9))]
+        moved = [row(i, repeats=2, place=Place(f"/elsewhere/{99 - i}.png")) for i in reversed(range(9))]
 
         def names(p: Plan) -> list[list[tuple[str, int]]]:
             return [[(v.row.id, v.repeat) for v in w] for w in epoch_of(p)]
@@ -216,25 +219,25 @@ class TestVisits:
         rows = [row(i, (70, 64), repeats=2) for i in range(6)]
         p = plan(rows, 2, crop="random", buckets=Buckets(enabled=False))
         seen = [v for epoch in range(12) for w in epoch_of(p, epoch) for v in w]
-        assert {v.crop[0] for v in seen} == set(range(7))
-        assert {v.crop[1] for v in seen} == {0}
-        one = [v.crop for v in seen if v.row.id == rows[0].id]
+        assert {v.fit.crop[0] for v in seen} == set(range(7))
+        assert {v.fit.crop[1] for v in seen} == {0}
+        one = [v.fit.crop for v in seen if v.row.id == rows[0].id]
         assert len(set(one)) > 3
 
     def test_flips_and_dropout_come_at_their_rates_and_are_keyed_apart(self) -> None:
         rows = [row(i, repeats=10) for i in range(30)]
-        seen = [v for w in epoch_of(plan(rows, 5, flip=True, caption_dropout=0.2)) for v in w]
-        assert 110 < sum(v.flip for v in seen) < 190
+        seen = [v for w in epoch_of(plan(rows, 5, flip=True, captions={"dropout": 0.2})) for v in w]
+        assert 110 < sum(v.fit.flip for v in seen) < 190
         dropped = [v for v in seen if v.caption == ""]
         assert 35 < len(dropped) < 90
-        assert 0.25 < sum(v.flip for v in dropped) / len(dropped) < 0.75
+        assert 0.25 < sum(v.fit.flip for v in dropped) / len(dropped) < 0.75
         assert all(v.caption in ("", v.row.caption) for v in seen)
 
     def test_adding_a_picture_changes_nothing_about_the_others_visits(self) -> None:
         rows = [row(i, (90, 64), repeats=3) for i in range(8)]
 
         def visits(rows: list[Row]) -> dict[tuple[str, int], Visit]:
-            p = plan(rows, 3, crop="random", flip=True, caption_dropout=0.5)
+            p = plan(rows, 3, crop="random", flip=True, captions={"dropout": 0.5})
             return {(v.row.id, v.repeat): v for w in epoch_of(p, 2) for v in w}
 
         before, after = visits(rows), visits([*rows, row(99, (90, 64))])
@@ -244,21 +247,21 @@ class TestVisits:
         rows = [row(i, (80, 64)) for i in range(40)]
         p = plan(rows, 1, crop="random", flip=True, buckets=Buckets(enabled=False))
         for visit in itertools.chain(*epoch_of(p)):
-            left = visit.crop[0]
-            assert visit.geometry.crop_left == (16 - left if visit.flip else left)
+            left = visit.fit.crop[0]
+            assert visit.geometry.crop_left == (16 - left if visit.fit.flip else left)
             assert visit.geometry[:2] == (64, 80)
             assert visit.geometry[4:] == (64, 64)
 
     def test_validation_is_never_trained_on_and_never_augmented(self) -> None:
         rows = [row(i, (90, 64), split="validation" if i < 3 else "train") for i in range(10)]
-        p = plan(rows, 2, crop="random", flip=True, caption_dropout=1.0)
+        p = plan(rows, 2, crop="random", flip=True, captions={"dropout": 1.0})
         held = {r.id for r in rows[:3]}
         assert not held & {v.row.id for w in epoch_of(p) for v in w}
         assert {v.row.id for v in p.validation} == held
-        assert all(v.caption and not v.flip for v in p.validation)
+        assert all(v.caption and not v.fit.flip for v in p.validation)
         for visit in p.validation:
             (rw, rh), (bw, bh) = visit.fit.resized, visit.fit.bucket
-            assert visit.crop == ((rw - bw) // 2, (rh - bh) // 2) != (0, 0)
+            assert visit.fit.crop == ((rw - bw) // 2, (rh - bh) // 2) != (0, 0)
 
 
 class TestRenditions:
@@ -274,11 +277,12 @@ class TestRenditions:
         wanted = {(v.row.image, v.fit) for step in range(3, 17) for v in p.window(step)}
         assert {(v.row.image, v.fit) for v in p.renditions(range(3, 17))} == wanted
 
-    def test_too_many_random_crops_are_refused_with_advice(self) -> None:
+    def test_too_many_random_crops_are_refused_with_advice(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(planning, "MOST_UNREPEATED", 50)
         rows = [row(i, (200, 64)) for i in range(10)]
         p = plan(rows, 1, crop="random", buckets=Buckets(enabled=False))
-        with pytest.raises(UserError, match=r"data\.crop: random crops need .* over 50"):
-            p.renditions(range(200), limit=50)
+        with pytest.raises(UserError, match=r"data\.crop, .*: random images need .* over 50"):
+            p.renditions(range(200))
 
 
 class TestWords:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ from PIL import Image, ImageCms
 
 from gesso.data import images
 from gesso.data.buckets import Fit, assign
+from gesso.data.decoder_warnings import heard
 from gesso.data.images import decode, decode_bytes, fit, probe
 from gesso.errors import UserError
 
@@ -149,6 +154,24 @@ class TestRefusals:
         with pytest.raises(UserError, match=rf"cut\.{kind}"):
             decode(path)
 
+    @pytest.mark.parametrize("options", [{}, {"optimize": True}, {"subsampling": 0}, {"restart_marker_blocks": 3}])
+    @pytest.mark.parametrize("mode", ["RGB", "L"])
+    def test_a_jpeg_cut_and_closed_is_refused_and_grey_ones_are_not(self, mode: str, options: dict[str, Any]) -> None:
+        def jpeg(image: Image.Image) -> bytes:
+            buffer = io.BytesIO()
+            image.convert(mode).save(buffer, "JPEG", **options)
+            return buffer.getvalue()
+
+        noise = np.random.default_rng(0).integers(0, 255, (77, 61, 3), np.uint8)
+        whole = jpeg(Image.fromarray(noise))
+        assert decode_bytes(whole, path=Path("x.jpg")).image.size == (61, 77)
+        for cut in (0.5, 0.7, 0.9):
+            with pytest.raises(UserError, match=r"x\.jpg: the picture is damaged: its data end before its pixels do"):
+                decode_bytes(whole[: int(len(whole) * cut)] + b"\xff\xd9", path=Path("x.jpg"))
+        grey = jpeg(Image.new("RGB", (77, 61), (128, 128, 128)))
+        for data in (grey, grey + bytes(9), grey + b"\xff\xd9", grey + b"of the camera\xff\xd9"):
+            assert decode_bytes(data, path=Path("x.jpg")).image.getpixel((70, 60)) == (128, 128, 128)
+
     @pytest.mark.parametrize("kind", ["gif", "png", "webp", "tiff"])
     def test_animations_are_refused(self, tmp_path: Path, kind: str) -> None:
         path = tmp_path / f"moving.{kind}"
@@ -211,6 +234,53 @@ class TestRefusals:
         except UserError:
             return
         assert image.mode == "RGB"
+
+
+class TestWarnings:
+    """What Pillow warns of is told with the file's name by the thread that decoded it, and by no other."""
+
+    @staticmethod
+    def odd() -> bytes:
+        buffer = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(buffer, "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+        return buffer.getvalue()
+
+    def test_it_becomes_a_note_of_each_picture(self) -> None:
+        with warnings.catch_warnings(record=True) as leaked:
+            warnings.simplefilter("default")
+            notes = [decode_bytes(self.odd(), path=Path(name)).notes for name in ("a.png", "b.png")]
+            warnings.warn("of somebody else", UserWarning, stacklevel=1)
+        assert [[note.partition(": ")[0] for note in each] for each in notes] == [
+            ["the decoder warns of a.png"],
+            ["the decoder warns of b.png"],
+        ]
+        assert all("Corrupt EXIF data" in note for each in notes for note in each)
+        assert [str(one.message) for one in leaked] == ["of somebody else"]
+
+    def test_threads_hear_only_their_own(self) -> None:
+        fine = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(fine, "PNG")
+        files = {f"{i}.png": self.odd() if i % 3 == 0 else fine.getvalue() for i in range(120)}
+        with warnings.catch_warnings(record=True) as leaked, ThreadPoolExecutor(8) as pool:
+            decoded = list(pool.map(lambda name: decode_bytes(files[name], path=Path(name)).notes, files))
+        for i, notes in enumerate(decoded):
+            assert [f"warns of {i}.png:" in note for note in notes] == ([True] if i % 3 == 0 else [])
+        assert leaked == []
+
+    def test_two_that_decode_at_the_same_moment_do_not_hear_each_other(self) -> None:
+        inside = threading.Barrier(2, timeout=10)
+
+        def hear(name: str) -> list[str]:
+            with heard() as told:
+                inside.wait()
+                warnings.warn(f"of {name}", UserWarning, stacklevel=1)
+                inside.wait()
+            return told
+
+        with warnings.catch_warnings(record=True) as leaked, ThreadPoolExecutor(2) as pool:
+            warnings.simplefilter("always")
+            assert list(pool.map(hear, ["one", "two"])) == [["of one"], ["of two"]]
+        assert leaked == []
 
 
 class TestFit:

@@ -13,8 +13,11 @@ from PIL import Image
 
 from gesso.config.run import Holdout, Source
 from gesso.data import index as index_module
+from gesso.data import places, scans
 from gesso.data.images import content_hash
 from gesso.data.index import Index, build, cache_folder
+from gesso.data.rows import Row, Rows
+from gesso.data.sources import Record, local
 from gesso.errors import Problems, UserError
 
 
@@ -22,18 +25,18 @@ from gesso.errors import Problems, UserError
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that were really decoded."""
     names: list[str] = []
-    original = index_module._decode
+    original = scans._decode
 
-    def spy(path: Path, background: str) -> object:
-        names.append(path.name)
-        return original(path, background)
+    def spy(record: Record, source: Source, background: str, stamp: str) -> object:
+        names.append(record.place.name)
+        return original(record, source, background, stamp)
 
-    monkeypatch.setattr(index_module, "_decode", spy)
+    monkeypatch.setattr(scans, "_decode", spy)
     return names
 
 
-def by_name(index: Index) -> dict[str, index_module.Row]:
-    return {row.path.name: row for row in index.rows}
+def by_name(index: Index) -> dict[str, Row]:
+    return {row.place.name: row for row in index.rows}
 
 
 class TestRows:
@@ -113,7 +116,7 @@ class TestBadPictures:
         index = build(data_for(folder, cache=tmp_path / "cache", skip_bad=True))
         assert sorted(by_name(index)) == ["000.png", "002.png"]
         text = "\n".join(index.notices)
-        assert "1 unreadable pictures left out" in text
+        assert "1 unreadable picture left out" in text
         assert "001.png" in text
 
     def test_skip_bad_does_not_excuse_missing_captions(self, tmp_path: Path) -> None:
@@ -172,7 +175,8 @@ class TestMemory:
         self, tmp_path: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         folder = folder_of(tmp_path / "a", 2)
-        monkeypatch.setattr(index_module, "_RACY_NS", 3_600_000_000_000)
+        monkeypatch.setattr(places, "RACY_NS", 3_600_000_000_000)
+        monkeypatch.setattr(local, "RACY_NS", 3_600_000_000_000)
         for _ in range(2):
             build(data_for(folder, cache=tmp_path / "cache"))
         assert len(decoded) == 4
@@ -183,7 +187,7 @@ class TestMemory:
         settle()
         first = build(data)
         [file] = (tmp_path / "cache" / "scans").iterdir()
-        file.write_text(file.read_text()[:20])
+        file.write_bytes(file.read_bytes()[:20])
         decoded.clear()
         assert build(data) == first
         assert len(decoded) == 2
@@ -222,13 +226,17 @@ class TestHoldout:
 
     def test_each_picture_is_placed_by_its_own_content(self) -> None:
         rows = [row(hash_, caption="x") for hash_ in range(200)]
-        everywhere = {r.image for r in index_module._split(rows, 0.25) if r.split == "validation"}
+
+        def side(some: list[Row], split: str) -> set[str]:
+            table = index_module._split(Rows.of(some).table, 0.25, held=1)
+            return {r.image for r in Rows(table) if r.split == split}
+
+        everywhere = side(rows, "validation")
         assert 30 < len(everywhere) < 70
         for count in range(20, 200, 7):
-            some = index_module._split(rows[:count], 0.25)
-            assert {r.image for r in some if r.split == "validation"} == everywhere & {r.image for r in some}
+            assert side(rows[:count], "validation") == everywhere & {r.image for r in rows[:count]}
         renamed = [replace(r, caption=f"another {r.id}") for r in rows]
-        assert {r.image for r in index_module._split(renamed, 0.25) if r.split == "validation"} == everywhere
+        assert side(renamed, "validation") == everywhere
 
     def test_at_least_one_each(self, tmp_path: Path) -> None:
         for count in range(2, 8):
@@ -262,8 +270,8 @@ class TestHoldout:
         data = data_for(folder, cache=tmp_path / "cache", validation=Holdout(path=tmp_path / "val"))
         sources = (Source(path=folder, trigger="sks", repeats=5),)
         index = build(data.model_copy(update={"sources": sources}))
-        assert {(r.path.name, r.caption, r.repeats) for r in index.validation} == {
-            ("v.png", "sks, a dog", 1),
+        assert {(r.place.name, r.caption, r.repeats) for r in index.validation} == {
+            ("v.png", "a dog", 1),
             ("leak.png", "sks leak", 1),
         }
         assert len(index.train) == 3

@@ -11,13 +11,14 @@ import pytest
 import torch
 from data_helpers import CPU, PoolingFamily, caption_of, captioned, coordinates, data_for, folder_of
 
-from gesso.config.run import Buckets, Data, Holdout
+from gesso.config.run import Buckets, Captions, Data, Holdout
 from gesso.core.batch import Batch
 from gesso.core.random import Draws, SampleKey
-from gesso.data.buckets import Plan
+from gesso.data import store
 from gesso.data.cache import LatentCache, Store, TextCache
 from gesso.data.index import build
 from gesso.data.loader import Loader
+from gesso.data.plan import Plan
 from gesso.errors import ResourceError, UserError
 
 
@@ -38,7 +39,7 @@ def loader_for(
     latents = LatentCache(Store(folder), fingerprint="vae", dtype=torch.float32, background=data.background)
     latents.fill(plan.renditions(range(steps)), family=family, parts=None, device=CPU, emit=lambda _e: None)  # type: ignore[arg-type]
     text = TextCache(Store(folder), fingerprint="clip", dtype=torch.float32)
-    text.fill(plan.captions, family=family, parts=None, emit=lambda _e: None)  # type: ignore[arg-type]
+    text.fill(plan.captions(range(steps)), family=family, parts=None, emit=lambda _e: None)  # type: ignore[arg-type]
     return Loader(
         plan,
         latents=latents,
@@ -60,7 +61,7 @@ def same(one: Batch, other: Batch) -> bool:
 
 def mixed(tmp_path: Path, **changes: object) -> Data:
     folder = folder_of(tmp_path / "pictures", 11, ((64, 64), (96, 48), (50, 100)))
-    options: dict[str, object] = {"flip": True, "caption_dropout": 0.3, "crop": "random"}
+    options: dict[str, object] = {"flip": True, "captions": {"dropout": 0.3}, "crop": "random"}
     return data_for(folder, cache=tmp_path / "cache", **(options | changes))
 
 
@@ -127,7 +128,7 @@ class TestBatches:
     def test_a_missing_entry_names_the_picture(self, tmp_path: Path) -> None:
         loader = loader_for(mixed(tmp_path, crop="center"), tmp_path / "cache", workers=2)
         list(loader.window(0))
-        for entry in (tmp_path / "cache").rglob("*.entry"):
+        for entry in [path for path in (tmp_path / "cache").rglob("*") if path.suffix == store.SUFFIX]:
             entry.unlink()
         with pytest.raises(UserError, match="its cache entry is missing"):
             loader.window(20)
@@ -301,7 +302,7 @@ class TestValidation:
 
     def test_training_settings_do_not_touch_it(self, tmp_path: Path) -> None:
         plain = mixed(tmp_path, validation=Holdout(fraction=0.4))
-        other = plain.model_copy(update={"flip": False, "caption_dropout": 0.0, "crop": "center"})
+        other = plain.model_copy(update={"flip": False, "captions": Captions(), "crop": "center"})
         one = loader_for(plain, tmp_path / "cache", batch_size=2).validation_batches(3)
         two = loader_for(other, tmp_path / "cache", batch_size=2, accumulation=2).validation_batches(3)
         assert all(same(a, b) for a, b in zip(one, two, strict=True))

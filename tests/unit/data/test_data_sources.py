@@ -3,39 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from data_helpers import captioned, solid
+from data_helpers import captioned, settle, solid
+from source_helpers import captions, found, jsonl, notices, problems
 
 from gesso.config.run import Source
-from gesso.data.sources import Record, collect, records
+from gesso.data.sources import collect, listing_stamp, records
 from gesso.errors import Problems
-
-
-def found(path: Path, **fields: object) -> list[Record]:
-    return records([Source.model_validate({"path": path} | fields)])[0]
-
-
-def problems(path: Path, **fields: object) -> str:
-    with pytest.raises(Problems) as caught:
-        found(path, **fields)
-    return str(caught.value)
-
-
-def notices(path: Path, **fields: object) -> str:
-    return "\n".join(records([Source.model_validate({"path": path} | fields)])[1])
-
-
-def captions(rows: list[Record]) -> dict[str, str]:
-    return {r.path.name: r.caption for r in rows}
-
-
-def jsonl(folder: Path, *rows: object, name: str = "metadata.jsonl") -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / name
-    file.write_text("".join(json.dumps(r) + "\n" for r in rows), "utf-8")
-    return file
 
 
 class TestSideFiles:
@@ -46,10 +25,17 @@ class TestSideFiles:
         solid(tmp_path / "._a.png")
         assert captions(found(tmp_path)) == {"a.png": "one", "b.JPG": "two"}
 
-    def test_repeats_and_weight_reach_each_record(self, tmp_path: Path) -> None:
+    def test_repeats_and_source_reach_each_record(self, tmp_path: Path) -> None:
         captioned(tmp_path, "a.png", "one")
-        [record] = found(tmp_path, repeats=3, weight=0.5)
-        assert (record.repeats, record.weight, record.source_index) == (3, 0.5, 0)
+        other = captioned(tmp_path / "other", "a.png", "one").parent
+        rows, _ = records([Source(path=str(other)), Source(path=str(other), repeats=2.5)])
+        assert [(row.repeats, row.source) for row in rows] == [(1.0, 0), (2.5, 1)]
+
+    def test_the_first_sub_folder_is_the_concept_unless_it_is_named(self, tmp_path: Path) -> None:
+        captioned(tmp_path, "a.png", "one")
+        captioned(tmp_path / "dog" / "park", "b.png", "two")
+        assert {r.place.name: r.concept for r in found(tmp_path)} == {"a.png": "", "b.png": "dog"}
+        assert {r.concept for r in found(tmp_path, concept="pets")} == {"pets"}
 
     @pytest.mark.parametrize("extension", [".caption", "caption"])
     def test_caption_extension(self, tmp_path: Path, extension: str) -> None:
@@ -68,9 +54,60 @@ class TestSideFiles:
         (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa caf\xc3\xa9")
         assert captions(found(tmp_path)) == {"a.png": "a café"}
 
-    def test_lines_are_joined(self, tmp_path: Path) -> None:
-        captioned(tmp_path, "a.png", "  first line\r\n\nsecond line \n")
-        assert captions(found(tmp_path)) == {"a.png": "first line second line"}
+    def test_lines_are_kept_and_outer_blanks_are_not(self, tmp_path: Path) -> None:
+        solid(tmp_path / "a.png")
+        (tmp_path / "a.txt").write_bytes(b"  first line\r\n\nsecond line \n")
+        assert captions(found(tmp_path)) == {"a.png": "first line\r\n\nsecond line"}
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ('"a dog"', "a dog"),
+            ('{"caption": "a dog", "tags": "cat"}', "a dog"),
+            ('{"prompt": "a dog", "width": 3}', "a dog"),
+            ('{"tags": ["dog", "grass"]}', "dog, grass"),
+            ('{"text": ["one", "two"]}', "one\ntwo"),
+        ],
+    )
+    def test_json_side_files(self, tmp_path: Path, text: str, expected: str) -> None:
+        solid(tmp_path / "a.png")
+        (tmp_path / "a.json").write_text(text)
+        assert captions(found(tmp_path)) == {"a.png": expected}
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ('{\n"caption": }', "a.json:2: not JSON"),
+            ('{"width": 3}', "none of the keys caption, text, prompt, tags in it; its keys are: width"),
+            ('{"caption": 3}', "the caption is not text: 3"),
+            ("[1]", "the caption is not text: [1]"),
+        ],
+    )
+    def test_bad_json_side_files(self, tmp_path: Path, text: str, message: str) -> None:
+        solid(tmp_path / "a.png")
+        (tmp_path / "a.json").write_text(text)
+        assert message in problems(tmp_path)
+
+    def test_the_key_in_json_side_files_can_be_named(self, tmp_path: Path) -> None:
+        solid(tmp_path / "a.png")
+        (tmp_path / "a.json").write_text('{"caption": "no", "words": "yes"}')
+        assert captions(found(tmp_path, caption_column="words")) == {"a.png": "yes"}
+
+    def test_endings_may_be_in_capitals(self, tmp_path: Path) -> None:
+        solid(tmp_path / "a.png")
+        (tmp_path / "a.TXT").write_text("loud")
+        assert captions(found(tmp_path)) == {"a.png": "loud"}
+
+    def test_two_caption_files_for_one_picture_are_ambiguous(self, tmp_path: Path) -> None:
+        captioned(tmp_path, "a.png", "one")
+        (tmp_path / "a.caption").write_text("two")
+        assert "several caption files each: a.png (a.caption, a.txt)" in problems(tmp_path)
+        assert captions(found(tmp_path, caption_extension="caption")) == {"a.png": "two"}
+
+    def test_a_caption_file_of_megabytes_is_refused(self, tmp_path: Path) -> None:
+        solid(tmp_path / "a.png")
+        (tmp_path / "a.txt").write_text("x" * (1 << 20) + "y")
+        assert "a caption file of more than" in problems(tmp_path)
 
     @pytest.mark.parametrize("text", [b"caf\xe9", "café".encode("utf-16")])
     def test_other_encodings_are_refused_by_name(self, tmp_path: Path, text: bytes) -> None:
@@ -98,22 +135,37 @@ class TestSideFiles:
     def test_missing_captions_by_policy(self, tmp_path: Path) -> None:
         captioned(tmp_path, "a.png", "one")
         solid(tmp_path / "b.png")
-        assert captions(found(tmp_path, missing_captions="empty", trigger="sks")) == {"a.png": "sks, one", "b.png": ""}
+        assert captions(found(tmp_path, missing_captions="empty", trigger="sks")) == {"a.png": "one", "b.png": ""}
         assert captions(found(tmp_path, missing_captions="trigger", trigger="sks"))["b.png"] == "sks"
         assert "has no trigger" in problems(tmp_path, missing_captions="trigger")
 
-    @pytest.mark.parametrize(
-        ("caption", "expected"),
-        [
-            ("a dog", "sks, a dog"),
-            ("a photo of sks dog", "a photo of sks dog"),
-            ("Sks dog", "Sks dog"),
-            ("she asks a dog", "sks, she asks a dog"),
-        ],
-    )
-    def test_trigger_goes_in_front_unless_it_is_there(self, tmp_path: Path, caption: str, expected: str) -> None:
-        captioned(tmp_path, "a.png", caption)
-        assert captions(found(tmp_path, trigger="sks")) == {"a.png": expected}
+    def test_missing_captions_by_concept(self, tmp_path: Path) -> None:
+        captioned(tmp_path / "dog", "a.png", "one")
+        solid(tmp_path / "cat" / "b.png")
+        rows = captions(found(tmp_path, missing_captions="concept"))
+        assert rows == {"a.png": "one", "b.png": "cat"}
+        solid(tmp_path / "c.png")
+        assert "nothing names the concept of c.png" in problems(tmp_path, missing_captions="concept")
+        assert captions(found(tmp_path, missing_captions="concept", concept="pet"))["c.png"] == "pet"
+
+    def test_pictures_without_captions_are_dropped_by_name(self, tmp_path: Path) -> None:
+        captioned(tmp_path, "a.png", "one")
+        solid(tmp_path / "b.png")
+        assert captions(found(tmp_path, missing_captions="drop")) == {"a.png": "one"}
+        assert "1 of 2 pictures has no caption; left out" in notices(tmp_path, missing_captions="drop")
+        assert "b.png" in notices(tmp_path, missing_captions="drop")
+        (tmp_path / "a.txt").unlink()
+        assert "no picture is left" in problems(tmp_path, missing_captions="drop")
+
+    def test_allowed_missing_captions_are_still_told(self, tmp_path: Path) -> None:
+        solid(tmp_path / "b.png")
+        assert "1 of 1 picture has no caption; trained on with no text: b.png" in notices(
+            tmp_path, missing_captions="empty"
+        )
+
+    def test_the_caption_stays_as_it_was_written(self, tmp_path: Path) -> None:
+        captioned(tmp_path, "a.png", "a {red|blue} dog")
+        assert captions(found(tmp_path, trigger="sks")) == {"a.png": "a {red|blue} dog"}
 
     def test_control_characters_and_giant_captions_are_refused(self, tmp_path: Path) -> None:
         captioned(tmp_path, "a.png", "a\x00b")
@@ -126,10 +178,14 @@ class TestSideFiles:
         captioned(tmp_path / "10_sks dog", "a.png", "one")
         (tmp_path / "10_sks dog" / "lost.txt").write_text("no picture")
         (tmp_path / "b.heic").write_bytes(b"x")
-        text = notices(tmp_path)
+        (tmp_path / "more.zip").write_bytes(b"x")
+        (tmp_path / "list.csv").write_text("x")
+        text = notices(tmp_path, layout="folder")
         assert "lost.txt" in text
-        assert "1 .heic" in text
-        assert "10_sks dog" in text
+        assert "1 .heic (b.heic)" in text
+        assert "folder names with a number in front do not set repeats here (10_sks dog)" in text
+        assert "archives beside the pictures are not read: more.zip" in text
+        assert "tables that are not read, name one with `metadata`: list.csv" in text
 
     def test_links_out_of_the_folder_are_refused(self, tmp_path: Path) -> None:
         inside, outside = tmp_path / "in", tmp_path / "out"
@@ -137,6 +193,74 @@ class TestSideFiles:
         solid(outside / "secret.png")
         (inside / "link.png").symlink_to(outside / "secret.png")
         assert "link.png: this is a link to a file outside" in problems(inside)
+
+    def test_links_inside_the_folder_are_read_and_links_to_nothing_are_not(self, tmp_path: Path) -> None:
+        captioned(tmp_path / "one", "a.png", "one")
+        (tmp_path / "two").mkdir()
+        (tmp_path / "two" / "b.png").symlink_to(tmp_path / "one" / "a.png")
+        (tmp_path / "two" / "b.txt").symlink_to(tmp_path / "one" / "a.txt")
+        assert captions(found(tmp_path)) == {"a.png": "one", "b.png": "one"}
+        (tmp_path / "c.png").symlink_to(tmp_path / "gone.png")
+        assert "c.png: this is a link to nothing" in problems(tmp_path)
+
+    def test_linked_folders_are_not_followed_and_this_is_told(self, tmp_path: Path) -> None:
+        folder, texts = tmp_path / "in", tmp_path / "texts"
+        captioned(folder / "one", "a.png", "one")
+        texts.mkdir()
+        (texts / "notes.txt").write_text("no picture")
+        for name, target in (("again", folder / "one"), ("loop", folder), ("up", tmp_path), ("texts", texts)):
+            (folder / name).symlink_to(target)
+        assert captions(found(folder)) == {"a.png": "one"}
+        assert "links to folders are not followed: again, loop, texts, up" in notices(folder)
+
+    def test_a_linked_folder_outside_with_pictures_is_a_problem(self, tmp_path: Path) -> None:
+        captioned(tmp_path / "in", "a.png", "one")
+        captioned(tmp_path / "out" / "deep", "b.png", "two")
+        (tmp_path / "in" / "more").symlink_to(tmp_path / "out")
+        said = problems(tmp_path / "in")
+        assert f"in/more: this is a link to a folder outside, with pictures that are not read: {tmp_path}/out" in said
+        assert "give that folder as a source of its own, or copy it here" in said
+
+    def test_hidden_pictures_are_told_once_and_those_of_programs_are_not(self, tmp_path: Path) -> None:
+        captioned(tmp_path, "a.png", "one")
+        for name in (".b.png", ".old/c.png", ".old/deep/d.png", "sub/.e/f.png"):
+            solid(tmp_path / name)
+        for name in ("._a.png", ".gesso/g.png", ".git/h.png", "__MACOSX/i.png", ".old/.thumbnails/j.png"):
+            solid(tmp_path / name)
+        (tmp_path / ".hidden.txt").write_text("no picture")
+        assert captions(found(tmp_path)) == {"a.png": "one"}
+        assert notices(tmp_path) == f"{tmp_path}: hidden, not read: .b.png, .old/ (2), sub/.e/ (1)"
+
+    def test_captions_under_an_ending_that_is_not_read_are_told(self, tmp_path: Path) -> None:
+        for name, ending in (("a", ".tags"), ("b", ".txt"), ("c", ".npz")):
+            solid(tmp_path / f"{name}.png")
+            (tmp_path / f"{name}{ending}").write_text("a caption")
+        said = problems(tmp_path)
+        assert (
+            "2 of 3 pictures have no caption (not read: a.tags; if captions are in them, set caption_extension" in said
+        )
+        assert "set caption_extension to tags)" in said
+        assert ".npz" not in said
+        assert "(not read: b.txt; " in problems(tmp_path, caption_extension="tags")
+
+    def test_folders_that_cannot_be_read_are_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        captioned(tmp_path, "a.png", "one")
+        captioned(tmp_path / "locked", "b.png", "two")
+        scan = os.scandir
+
+        def refuse(path: str) -> object:
+            if "locked" in path:
+                raise PermissionError(13, "Permission denied")
+            return scan(path)
+
+        monkeypatch.setattr(os, "scandir", refuse)
+        assert f"{tmp_path}/locked/: this folder cannot be read: Permission denied" in problems(tmp_path)
+
+    def test_names_that_are_not_utf8_are_refused(self, tmp_path: Path) -> None:
+        captioned(tmp_path, "a.png", "one")
+        with open(os.fsencode(tmp_path) + b"/b\xff.png", "wb") as file:
+            file.write(b"x")
+        assert "b\\xff.png: the file's name is not UTF-8" in problems(tmp_path)
 
 
 class TestMetadata:
@@ -154,7 +278,7 @@ class TestMetadata:
         solid(tmp_path / "a.png")
         solid(tmp_path / "images" / "a.png")
         jsonl(tmp_path, {"file_name": "a.png", "text": "x"})
-        assert [r.path for r in found(tmp_path)] == [tmp_path / "a.png"]
+        assert [r.place.path for r in found(tmp_path)] == [tmp_path / "a.png"]
 
     def test_named_columns_and_file(self, tmp_path: Path) -> None:
         solid(tmp_path / "a.png")
@@ -165,13 +289,13 @@ class TestMetadata:
     def test_metadata_in_a_sub_folder_may_name_paths_from_the_source(self, tmp_path: Path) -> None:
         solid(tmp_path / "pictures" / "a.png")
         jsonl(tmp_path / "lists", {"file_name": "pictures/a.png", "text": "x"}, name="m.jsonl")
-        assert [r.path for r in found(tmp_path, metadata="lists/m.jsonl")] == [tmp_path / "pictures" / "a.png"]
+        assert [r.place.path for r in found(tmp_path, metadata="lists/m.jsonl")] == [tmp_path / "pictures" / "a.png"]
 
     def test_byte_order_mark_blank_lines_backslashes_and_line_separators(self, tmp_path: Path) -> None:
         solid(tmp_path / "sub" / "a.png")
         line = json.dumps({"file_name": "sub\\a.png", "text": "one\u2028two"}, ensure_ascii=False)
         (tmp_path / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf\r\n" + line.encode() + b"\r\n\r\n")
-        assert captions(found(tmp_path)) == {"a.png": "one two"}
+        assert captions(found(tmp_path)) == {"a.png": "one\u2028two"}
 
     def test_every_bad_line_is_named(self, tmp_path: Path) -> None:
         solid(tmp_path / "a.png")
@@ -207,11 +331,11 @@ class TestMetadata:
 
     def test_a_missing_column_lists_those_that_are_there(self, tmp_path: Path) -> None:
         solid(tmp_path / "a.png")
-        jsonl(tmp_path, {"path": "a.png", "words": "x"})
-        assert "the columns are: path, words" in problems(tmp_path)
-        assert "no column 'file'; the columns are: path, words" in problems(tmp_path, image_column="file")
-        assert "no caption column" in problems(tmp_path, image_column="path")
-        assert captions(found(tmp_path, image_column="path", missing_captions="empty")) == {"a.png": ""}
+        jsonl(tmp_path, {"url": "a.png", "words": "x"})
+        assert "the columns are: url, words" in problems(tmp_path)
+        assert "no column 'file'; the columns are: url, words" in problems(tmp_path, image_column="file")
+        assert "no caption column" in problems(tmp_path, image_column="url")
+        assert captions(found(tmp_path, image_column="url", missing_captions="empty")) == {"a.png": ""}
 
     def test_near_names_are_suggested(self, tmp_path: Path) -> None:
         solid(tmp_path / "image_001.jpg")
@@ -239,7 +363,7 @@ class TestMetadata:
         jsonl(source, {"file_name": "a.png", "text": "x"}, name="other.jsonl")
         assert "outside the source's folder" in problems(source, metadata="../metadata.jsonl")
         assert "the folder holds: other.jsonl" in problems(source, metadata="nope.jsonl")
-        assert "must be a .jsonl" in problems(source, metadata="a.csv")
+        assert "must be a .jsonl, .csv or .parquet" in problems(source, metadata="a.xlsx")
 
     def test_an_empty_metadata_file(self, tmp_path: Path) -> None:
         solid(tmp_path / "a.png")
@@ -262,9 +386,123 @@ class TestNothing:
         (tmp_path / "aldar_kose").mkdir()
         assert f"did you mean {tmp_path / 'aldar_kose'}?" in problems(tmp_path / "aldar_cose")
 
-    def test_a_file_is_not_a_folder(self, tmp_path: Path) -> None:
-        (tmp_path / "x.zip").write_bytes(b"PK")
-        assert "unpack it" in problems(tmp_path / "x.zip")
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("x.rar", "unpack it and name the folder"),
+            ("x.png", "this is one picture"),
+            ("x.md", "a source is a folder, a .zip or .tar"),
+        ],
+    )
+    def test_files_that_are_no_source(self, tmp_path: Path, name: str, message: str) -> None:
+        (tmp_path / name).write_bytes(b"PK")
+        assert message in problems(tmp_path / name)
+
+    def test_only_kinds_that_are_not_read(self, tmp_path: Path) -> None:
+        (tmp_path / "a.heic").write_bytes(b"x")
+        assert "convert these to PNG or JPEG: a.heic" in problems(tmp_path)
+
+    def test_an_archive_in_the_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "set.zip").write_bytes(b"x")
+        message = problems(tmp_path)
+        assert "found: 1 .zip" in message
+        assert f"name the archive itself: {tmp_path}/set.zip" in message
+
+    def test_masks_without_pictures(self, tmp_path: Path) -> None:
+        solid(tmp_path / "a-masklabel.png")
+        assert "these are masks, not pictures: a-masklabel.png" in problems(tmp_path)
+
+    def test_pictures_in_a_hidden_folder(self, tmp_path: Path) -> None:
+        solid(tmp_path / ".cache" / "a.png")
+        assert f"{tmp_path}/.cache holds pictures, but hidden folders are not read" in problems(tmp_path)
+
+    def test_a_layout_that_does_not_fit(self, tmp_path: Path) -> None:
+        captioned(tmp_path, "a.png", "one")
+        for layout in ("parquet", "webdataset"):
+            message = problems(tmp_path, layout=layout)
+            assert "found: 1 .png, 1 .txt" in message
+            assert "it holds 1 picture: set layout to folder" in message
+        assert "there is no metadata.jsonl" in problems(tmp_path, layout="metadata")
+
+    def test_a_name_of_the_hub_is_recognised(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert "is written hub:someone/dogs" in problems("someone/dogs")
+
+    def test_commands_are_never_run(self, tmp_path: Path) -> None:
+        marker = tmp_path / "ran"
+        assert "commands are never run" in problems(f"pipe:touch {marker}")
+        assert not marker.exists()
+
+
+class TestStamps:
+    def test_any_change_of_any_file_changes_the_stamp(self, tmp_path: Path) -> None:
+        picture = captioned(tmp_path / "sub", "a.png", "one")
+        source = Source(path=str(tmp_path))
+        assert listing_stamp(source) is None, "written this very moment"
+        settle()
+        first = listing_stamp(source)
+        assert first is not None
+        assert listing_stamp(source) == first
+        caption, times = picture.with_suffix(".txt"), picture.stat()
+        seen = {first}
+        for change in (
+            lambda: caption.write_text("two"),
+            lambda: os.utime(picture, ns=(times.st_atime_ns, times.st_mtime_ns - 1)),
+            lambda: caption.rename(caption.with_suffix(".caption")),
+            lambda: solid(tmp_path / "b.png"),
+        ):
+            change()
+            settle()
+            stamp = listing_stamp(source)
+            assert stamp is not None
+            seen.add(stamp)
+        assert len(seen) == 5
+
+    def test_hidden_files_of_programs_change_nothing_and_others_are_told(self, tmp_path: Path) -> None:
+        captioned(tmp_path, "a.png", "one")
+        settle()
+        before = listing_stamp(Source(path=str(tmp_path)))
+        solid(tmp_path / ".thumbnails" / "a.png")
+        assert listing_stamp(Source(path=str(tmp_path))) == before
+        solid(tmp_path / ".old" / "a.png")
+        settle()
+        assert listing_stamp(Source(path=str(tmp_path))) not in (None, before)
+
+    def test_no_caption_and_no_picture_is_opened(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        captioned(tmp_path, "a.png", "one")
+        settle()
+
+        def refuse(*args: object) -> None:
+            raise AssertionError(f"opened {args}")
+
+        monkeypatch.setattr(os, "open", refuse)
+        monkeypatch.setattr("builtins.open", refuse)
+        assert listing_stamp(Source(path=str(tmp_path))) is not None
+
+    @pytest.mark.parametrize("path", ["s3://bucket/x", "hub:a/b", "memory://x"])
+    def test_what_cannot_be_known_has_no_stamp(self, path: str) -> None:
+        assert listing_stamp(Source(path=path)) is None
+
+    def test_a_table_is_stamped_with_its_folder(self, tmp_path: Path) -> None:
+        solid(tmp_path / "a.png")
+        table = jsonl(tmp_path, {"file_name": "a.png", "text": "x"}, name="list.jsonl")
+        settle()
+        before = listing_stamp(Source(path=str(table)))
+        solid(tmp_path / "a.png", colour="blue")
+        settle()
+        assert before is not None
+        assert listing_stamp(Source(path=str(table))) not in (None, before)
+
+
+def test_looking_needs_neither_torch_nor_datasets(tmp_path: Path) -> None:
+    captioned(tmp_path, "a.png", "one")
+    code = (
+        "import sys; from gesso.config.run import Source; from gesso.data.sources import collect;"
+        f"assert len(collect(Source(path={str(tmp_path)!r})).records) == 1;"
+        "print([m for m in ('torch', 'datasets', 'pandas', 'fsspec') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_problems_of_all_sources_come_together(tmp_path: Path) -> None:
@@ -272,6 +510,6 @@ def test_problems_of_all_sources_come_together(tmp_path: Path) -> None:
     captioned(tmp_path / "two", "b.png", "fine")
     (tmp_path / "three").mkdir()
     with pytest.raises(Problems) as caught:
-        records([Source(path=tmp_path / name) for name in ("one", "two", "three", "four")])
+        records([Source(path=str(tmp_path / name)) for name in ("one", "two", "three", "four")])
     assert len(caught.value.problems) == 3
-    assert not collect(Source(path=tmp_path / "two")).problems
+    assert not collect(Source(path=str(tmp_path / "two"))).problems

@@ -91,7 +91,7 @@ def test_the_run_file_is_an_ordinary_one(done: Done) -> None:
     folder = done[0]
     run = files.load(folder / "run.yaml").run
     assert run.model.base == "micro:sdxl"
-    assert [source.path for source in run.data.sources] == [folder / "pictures", folder / "others"]
+    assert [source.path for source in run.data.sources] == [str(folder / "pictures"), str(folder / "others")]
     assert run.preview.prompts == demo.PROMPTS
     assert run.training.device == "cpu"
     events = [json.loads(line) for line in RunFolder(folder / "run").events.read_text().splitlines()]

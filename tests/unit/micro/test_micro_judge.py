@@ -135,17 +135,25 @@ def test_nobody_else_is_aldar(change: dict[str, str]) -> None:
     assert not any(facts.is_aldar for facts in judge.read_all([*pictures, *worn]))
 
 
+TELLABLE = (*world.SCENERY, "blue")
+"""Where neon can be told from plain colours."""
+
+
 @pytest.mark.parametrize("style", ["flat", "outlined", "sepia", NEON, "mosaic"])
 def test_reads_the_dombra(style: str) -> None:
     draw = generator(8, "dombra")
-    scenes = [Scene(Facts(subject=DOMBRA, place=p, style=style), world.jitter(draw)) for p in world.PLACES * 2]
+    places = [p for p in world.PLACES * 2 if style != NEON or p in TELLABLE]
+    scenes = [Scene(Facts(subject=DOMBRA, place=p, style=style), world.jitter(draw)) for p in places]
     shown = judge.read_all([painter.paint(scene) for scene in scenes])
     assert np.mean([facts.subject == DOMBRA for facts in shown]) >= 0.95
     assert all(facts.colour is None for facts in shown if facts.subject == DOMBRA)
 
 
 def test_reads_neon() -> None:
-    scenes = [replace(scene, facts=replace(scene.facts, style=NEON)) for scene in _scenes()[:80]]
+    scenes = [
+        replace(scene, facts=replace(scene.facts, style=NEON)) for scene in _scenes() if scene.facts.place in TELLABLE
+    ]
+    scenes = scenes[:80]
     found = _accuracy(scenes, map(painter.paint, scenes))
     _at_least(found, style=0.99, subject=0.97, place=0.97, hat=0.93, pose=0.95)
     assert not {"colour", "hat_colour", "hair"} & set(found)
@@ -271,3 +279,8 @@ def test_entropy_is_of_people_in_bits() -> None:
     assert judge.entropy(people, ("colour", "hat")) == pytest.approx(1.0)
     assert judge.entropy([people[0]] * 5, ("colour",)) == 0
     assert judge.entropy([]) == 0
+
+
+def test_a_table_that_is_filled_with_its_last_value_names_that_value() -> None:
+    assert [templates.valued("skin", i) for i in range(templates.CHOICES)][:4] == [0, 1, 2, 2]
+    assert templates.valued("skin", templates.CHOICES - 1) == 2

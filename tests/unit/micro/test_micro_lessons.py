@@ -28,7 +28,7 @@ def test_captions_name_it_and_say_what_is_shown(lesson: Lesson) -> None:
 @BY_NAME
 def test_what_is_asked_was_not_taught(lesson: Lesson) -> None:
     taught = {text for _, text in lesson.training()}
-    assert len(lesson.training()) == lessons.PICTURES
+    assert len(lesson.training()) == lesson.pictures
     assert not taught & {text for _, text in lesson.validation()}
     assert not taught & set(lesson.prompts(64))
     assert lesson.prompts(64)[:8] == lesson.prompts(8)

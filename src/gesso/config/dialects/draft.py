@@ -56,11 +56,18 @@ class Item:
     path: KeyPath
     value: Any
     line: int | None
+    file: str | None = None
+    """Where it is not the file under `Draft.document`."""
 
     @property
     def key(self) -> str:
         """Dotted, as the user knows it."""
         return ".".join(str(part) for part in self.path)
+
+    @property
+    def at(self) -> tuple[str | None, KeyPath]:
+        """File and path, which tell it from any other."""
+        return self.file, self.path
 
 
 @dataclass
@@ -81,6 +88,10 @@ class Draft:
     hub_repo: str | None = None
     resume: str | None = None
 
+    def item(self, path: KeyPath, value: Any) -> Item:
+        """A value of the file with its line."""
+        return Item(path, value, self.document.lines.get(path))
+
     def add(self, name: str, item: Item) -> None:
         """Queue a recognised key; the same setting twice with two values is a problem."""
         if name not in self.items:
@@ -100,15 +111,16 @@ class Draft:
             return None
         return item
 
-    def set(self, native: str, value: Any, item: Item) -> None:
-        """Give a native key the value of a foreign one."""
+    def set(self, native: str, value: Any, item: Item, *, note: str = "") -> None:
+        """Give a native key the value of a foreign one; `note` adds to the report what is not quite the same."""
         self._put(native, value, self.place(item))
-        self.mapped.append(self.entry(item, native))
+        name = re.sub(r"\.\d+(?=\.)", "[]", native)
+        self.mapped.append(self.entry(item, f"{name} ({note})" if note else name))
 
     def assume(self, native: str, value: Any, why: str) -> None:
         """Fill in what the other tool does where its file says nothing."""
         self._put(native, value, Place(f"as {self.tool} does"))
-        self.assumed.append(Entry(native, None, f"{show(value)}: {why}"))
+        self.assumed.append(Entry(re.sub(r"\.\d+(?=\.)", "[]", native), None, f"{show(value)}: {why}"))
 
     def ignore(self, item: Item, why: str) -> None:
         """Report a key that changes nothing here."""
@@ -121,11 +133,15 @@ class Draft:
 
     def problem(self, item: Item, what: str, *, fix: str = "") -> None:
         """A mistake in the file."""
-        self.problems.append(UserError(what, where=self.where(item), fix=fix))
+        found = UserError(what, where=self.where(item), fix=fix)
+        # A key that several sources share is read once for each.
+        if all(found.lines() != other.lines() for other in self.problems):
+            self.problems.append(found)
 
     def where(self, item: Item) -> str:
         """File and line of a key."""
-        return f"{self.document.file}:{item.line}" if item.line else self.document.file
+        file = item.file or self.document.file
+        return f"{file}:{item.line}" if item.line else file
 
     def place(self, item: Item) -> Place:
         """Where a key stands, for messages about the native value."""
@@ -133,12 +149,18 @@ class Draft:
 
     def entry(self, item: Item, note: str) -> Entry:
         """A line of the report."""
-        return Entry(item.key, item.line, note)
+        key = item.key if item.file is None else f"{Path(item.file).name}: {item.key}"
+        return Entry(key, item.line, note)
 
-    def path(self, text: str) -> str:
-        """A path as the other tool sees it: from the working directory, else from the file's folder; absolute."""
+    def path(self, text: str, *, folder: Path | None = None) -> str:
+        """A path as the other tool sees it: from the working directory, else from the file's folder; absolute.
+
+        URLs and names of data sets on the hub stay as they are.
+        """
+        if "://" in text or text.startswith("hub:"):
+            return text
         given = Path(text).expanduser()
-        beside = self.folder / given
+        beside = (folder or self.folder) / given
         return str((beside if not given.exists() and beside.exists() else given).absolute())
 
     def flag(self, item: Item) -> bool | None:
@@ -154,10 +176,10 @@ class Draft:
         assert not self.items, f"no rule for {sorted(self.items)}"
         report = DialectReport(
             tool=self.tool,
-            mapped=tuple(self.mapped),
-            ignored=tuple(self.ignored),
-            refused=tuple(self.refused),
-            assumed=tuple(self.assumed),
+            mapped=tuple(dict.fromkeys(self.mapped)),
+            ignored=tuple(dict.fromkeys(self.ignored)),
+            refused=tuple(dict.fromkeys(self.refused)),
+            assumed=tuple(dict.fromkeys(self.assumed)),
             hub_repo=self.hub_repo,
             resume=self.resume,
         )

@@ -15,8 +15,18 @@ from gesso.errors import UserError
 NAME = "diffusers options"
 
 _GROUPED = (
-    *("finetune_method", "train_data_dir", "dataset_name", "image_column", "caption_column", "metadata_file"),
-    *("repeats", "instance_prompt", "center_crop", "target_modules", "max_train_steps", "num_train_epochs"),
+    *("finetune_method", "train_data_dir", "dataset_name", "dataset_config_name", "image_column", "caption_column"),
+    *(
+        "metadata_file",
+        "dataset_split_name",
+        "random_crop",
+        "repeats",
+        "instance_prompt",
+        "center_crop",
+        "target_modules",
+        "max_train_steps",
+        "num_train_epochs",
+    ),
     *("lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "optimizer", "use_8bit_adam"),
     *("mixed_precision", "enable_xformers", "text_encoder_lr", "output_dir", "checkpoints_total_limit"),
     *("validation_prompts", "num_validation_images", "validation_steps", "report_to", "use_tensorboard", "use_wandb"),

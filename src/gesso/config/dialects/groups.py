@@ -23,9 +23,14 @@ _NOT_IN_SDXL = ("add_k_proj", "add_v_proj", "add_q_proj", "to_add_out")
 
 def apply(draft: Draft) -> None:
     """Read all groups."""
-    for group in (_method, _source, _images, _targets, _length, _schedule, _optimizer, _machine):
+    for group in (_method, _source, _images, _targets, _text_encoders, _output, _checkpoints):
         group(draft)
-    for group in (_text_encoders, _output, _checkpoints, _previews, _trackers, _hub):
+    training(draft)
+
+
+def training(draft: Draft) -> None:
+    """Read the groups that mean the same to every tool: length, schedule, optimiser, machine, previews, trackers."""
+    for group in (_length, _schedule, _optimizer, _machine, _previews, _trackers, _hub):
         group(draft)
 
 
@@ -52,21 +57,17 @@ def _method(draft: Draft) -> None:
 
 
 def _source(draft: Draft) -> None:
-    folder, dataset = draft.take("train_data_dir"), draft.take("dataset_name")
+    folder, dataset, part = (draft.take(name) for name in ("train_data_dir", "dataset_name", "dataset_config_name"))
     if dataset is not None and folder is not None:
         draft.problem(dataset, f"{dataset.key} and {folder.key} both name the images", fix="keep one of them")
     elif dataset is not None:
-        text = str(dataset.value)
-        if Path(draft.path(text)).is_dir() or text.startswith((".", "~", "/")):
-            folder = dataset
-        else:
-            fix = f"download it, and write the folder as train_data_dir instead of {dataset.key}"
-            what = "there is no such folder, and datasets from the hub come in a later version"
-            draft.refuse(dataset, what, fix=fix)
-            draft.data["data"] = {"sources": [{"path": draft.path(text)}]}
+        folder = _dataset(draft, dataset, part)
+        part = None
+    if part is not None:
+        draft.ignore(part, "a folder has no configurations")
     if folder is not None:
         draft.set("data.sources.0.path", draft.path(str(folder.value)), folder)
-    for name, native in {"image_column": "image_column", "caption_column": "caption_column"}.items():
+    for name, native in (*(2 * (n,) for n in ("image_column", "caption_column")), ("dataset_split_name", "split")):
         if item := draft.take(name):
             draft.set(f"data.sources.0.{native}", item.value, item)
     if item := draft.take("metadata_file"):
@@ -77,6 +78,21 @@ def _source(draft: Draft) -> None:
         draft.set("data.sources.0.trigger", prompt.value, prompt)
         why = "the instance prompt is the caption of every image that has none"
         draft.assume("data.sources.0.missing_captions", "trigger", why)
+
+
+def _dataset(draft: Draft, item: Item, part: Item | None) -> Item | None:
+    """Name a data set of the hub as the source; if there is a folder of that name, return the item instead."""
+    text = str(item.value)
+    if Path(draft.path(text)).exists() or text.startswith((".", "~", "/")) or "://" in text:
+        if part is not None:
+            draft.ignore(part, "a folder has no configurations")
+        return item
+    name = text.removeprefix("hub:")
+    chosen = f"/{part.value}" if part is not None and part.value != "default" else ""
+    draft.set("data.sources.0.path", f"hub:{name}{chosen}", item)
+    if part is not None:
+        draft.mapped.append(draft.entry(part, "data.sources[].path"))
+    return None
 
 
 def _inside(draft: Draft, item: Item, folder: Item | None) -> object:
@@ -90,9 +106,13 @@ def _inside(draft: Draft, item: Item, folder: Item | None) -> object:
 
 
 def _images(draft: Draft) -> None:
-    crop = draft.take("center_crop")
-    if crop is not None:
-        draft.set("data.crop", "random" if draft.flag(crop) is False else "center", crop)
+    center, random = draft.take("center_crop"), draft.take("random_crop")
+    if center is not None:
+        draft.set("data.crop", "random" if draft.flag(center) is False else "center", center)
+    if random is not None and center is not None and draft.flag(center) is draft.flag(random):
+        draft.problem(random, f"{random.key} and {center.key} say the opposite", fix="keep one of them")
+    elif random is not None:
+        draft.set("data.crop", "random" if draft.flag(random) else "center", random)
     draft.assume("data.buckets.enabled", False, "pictures are cropped to a square; true keeps their shape")
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from gesso.config import schema
 from gesso.config.dialects.draft import Draft, Item, number
 
 
@@ -15,6 +17,33 @@ class Direct:
 
     native: str
     kind: Literal["number", "text", "flag", "model", "folder"] = "number"
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A setting that has another name among these tools, or that only means something together with others."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """A setting that changes nothing here."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A setting that is not there, unless it has one of the values that leave it off."""
+
+    why: str
+    off: tuple[Any, ...] = ()
+    fix: str = ""
+
+
+Rule = Direct | Alias | Ignored | Refused
 
 
 DIRECT = {
@@ -27,7 +56,7 @@ DIRECT = {
     "resolution": Direct("data.resolution"),
     "random_flip": Direct("data.flip", "flag"),
     "dataloader_num_workers": Direct("data.workers"),
-    "proportion_empty_prompts": Direct("data.caption_dropout"),
+    "proportion_empty_prompts": Direct("data.captions.dropout"),
     "rank": Direct("adapter.rank"),
     "lora_alpha": Direct("adapter.alpha"),
     "lora_dropout": Direct("adapter.dropout"),
@@ -78,8 +107,7 @@ REFUSED = {
     "enable_cpu_offload": "CPU offload comes in a later version",
     "use_dora": "DoRA comes in a later version",
     "scale_lr": "the learning rate is taken as written; multiply it yourself",
-    "max_train_samples": "training on part of a folder comes in a later version",
-    "dataset_config_name": "hub datasets come in a later version",
+    "max_train_samples": "a run sees all images of its sources; put those that it is to see in a folder of their own",
 }
 
 
@@ -90,10 +118,41 @@ def apply(draft: Draft) -> None:
             _direct(draft, item, DIRECT[name])
     for name in [name for name in draft.items if name in REFUSED]:
         if item := draft.take(name):
-            _refused(draft, item, REFUSED[name])
+            refused(draft, item, REFUSED[name])
     for name in [name for name in draft.items if name in IGNORED]:
         if item := draft.take(name):
             draft.ignore(item, IGNORED[name])
+
+
+def read(draft: Draft, item: Item, table: Mapping[str, Rule]) -> None:
+    """Do with one key what a table says, or note that nobody knows it."""
+    rule = table.get(str(item.path[-1]))
+    if rule is None:
+        unknown(draft, item, table)
+    else:
+        obey(draft, item, rule)
+
+
+def obey(draft: Draft, item: Item, rule: Rule) -> None:
+    """Do with one key what a rule says."""
+    match rule:
+        case Ignored(why):
+            draft.ignore(item, why)
+        case _ if item.value is None:
+            draft.ignore(item, "empty")
+        case Alias(name):
+            draft.add(name, item)
+        case Direct():
+            _direct(draft, item, rule)
+        case Refused(why, off, fix):
+            refused(draft, item, why, off=off, fix=fix)
+
+
+def unknown(draft: Draft, item: Item, known: Mapping[str, Any]) -> None:
+    """The problem with a key that is in no table, and the nearest spelling."""
+    near = schema.nearest(str(item.path[-1]), known)
+    fix = f"did you mean {near}?" if near else f"known here: {', '.join(sorted(known)[:40])}"
+    draft.problem(item, f"unknown key {item.key} (read as {draft.tool})", fix=fix)
 
 
 def _direct(draft: Draft, item: Item, rule: Direct) -> None:
@@ -109,11 +168,14 @@ def _direct(draft: Draft, item: Item, rule: Direct) -> None:
     elif rule.kind == "model" and isinstance(value, str):
         here = draft.path(value)
         value = here if value.startswith((".", "~", "/")) or Path(here).exists() else value
-    draft.set(rule.native, value, item)
+    draft.set(rule.native, value, item, note=rule.note)
 
 
-def _refused(draft: Draft, item: Item, why: str) -> None:
-    if item.value in (False, 0, "", "none", "no", "off"):
+def refused(draft: Draft, item: Item, why: str, *, off: tuple[Any, ...] = (), fix: str = "") -> None:
+    """Refuse a setting by name, unless its value (or one of `off`) means that it is not wanted."""
+    if item.value in off:
+        draft.ignore(item, "it is so here")
+    elif item.value in (False, 0, "", "none", "no", "off", [], {}):
         draft.ignore(item, f"off ({why})")
     else:
-        draft.refuse(item, why, fix=f"take {item.key} out of the file")
+        draft.refuse(item, why, fix=fix or f"take {item.key} out of the file")

@@ -1,0 +1,1 @@
+"""Captions written by models, as plug-ins."""

@@ -1,0 +1,83 @@
+"""Everything that a run will do with its images, found out before anything heavy is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from gesso.config.forecast import Counted
+from gesso.config.run import RunConfig
+from gesso.core.random import permutation
+from gesso.data import tokens
+from gesso.data.index import build
+from gesso.data.plan import BucketRow, Plan, Visit
+from gesso.data.sources import some
+from gesso.data.tokens import Counter
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What was found in the images of a run, and what it will do with them."""
+
+    counted: Counted
+    buckets: tuple[BucketRow, ...]
+    """Training images of each bucket and the mean share of them that is cropped away."""
+    concepts: tuple[tuple[str, int, int], ...]
+    """Name, training images and samples an epoch of each concept."""
+    notices: tuple[str, ...]
+    samples: tuple[Visit, ...]
+    """Some of the first epoch's samples, picked at random, as the model will see them."""
+    counter: Counter
+    """Counts the tokens of captions as this run's model does."""
+
+
+def preflight(
+    run: RunConfig, *, multiple: int = 8, samples: int = 0, progress: Callable[[int, int], None] | None = None
+) -> Preflight:
+    """Read and decode every image as the run will, and make its plan; all problems at once as `Problems`.
+
+    `multiple` is what the family needs of every side, `samples` how many samples to show.
+    """
+    index = build(run.data, progress=progress)
+    training = run.training
+    plan = Plan(
+        index.rows,
+        data=run.data,
+        batch_size=training.batch_size,
+        accumulation=training.accumulation,
+        seed=run.seed,
+        multiple=multiple,
+    )
+    if run.data.encoding == "cached":
+        steps = range(training.total_steps(plan.steps_per_epoch))
+        plan.refuse_unrepeated(steps)  # as the run would, after its models are loaded
+    own = len(run.data.sources)
+    sources = np.bincount(index.rows.numbers("source"), minlength=own)[:own]
+    held_out = int((index.validation.numbers("source") < own).sum())
+    counted = Counted(tuple(int(count) for count in sources), held_out, plan.visits_per_epoch, plan.steps_per_epoch)
+    counter, most = tokens.counter_for(run)
+    return Preflight(
+        counted,
+        tuple(plan.describe()),
+        tuple(plan.concepts()),
+        (*index.notices, *plan.notices, *_overlong(plan, counter, most)),
+        tuple(_some(plan, samples, run.seed)),
+        counter,
+    )
+
+
+def _overlong(plan: Plan, counter: Counter, most: int) -> Iterator[str]:
+    texts = plan.texts()
+    long = [(count, row) for count, row in zip(counter.count(list(texts)), texts.values(), strict=True) if count > most]
+    if long:
+        listed = some(f"{row.place} ({count})" for count, row in long)
+        yield f"{len(long)} captions have more than the {most} tokens that are read ({counter.method}): {listed}"
+
+
+def _some(plan: Plan, count: int, seed: int) -> Iterator[Visit]:
+    chosen = permutation(plan.visits_per_epoch, seed, "samples to show")[:count]
+    for place in sorted(int(i) for i in chosen):
+        step, position = divmod(place, plan.step_size)
+        yield plan.window(step)[position]

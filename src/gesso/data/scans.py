@@ -1,0 +1,192 @@
+"""Every picture of a source, decoded once to prove that it can be; what has not been touched since is not opened again.
+
+What was learnt is kept in the cache folder as one Arrow file a source. A source whose files are all as they were (see
+`sources.listing_stamp`) is read from it whole; otherwise each picture that is as it was is taken from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from gesso.config.run import Source
+from gesso.core.random import key as hash_key
+from gesso.data.images import content_hash, decode_bytes, decode_mask
+from gesso.data.places import Place, stamp_of
+from gesso.data.rows import ALPHA, PLACE
+from gesso.data.sources import Record, collect, listing_stamp
+from gesso.data.threads import ahead
+from gesso.errors import ResourceError, UserError
+
+_VERSION = 3
+SCHEMA = pa.schema(
+    [
+        ("place", PLACE),
+        ("mask", PLACE),
+        ("caption", pa.string()),
+        ("concept", pa.string()),
+        ("repeats", pa.float64()),
+        ("image", pa.string()),
+        ("mask_hash", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("notes", pa.list_(pa.string())),
+        ("stamp", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a source holds: a row for each picture that could be decoded, and all that was wrong."""
+
+    table: pa.Table
+    notices: tuple[str, ...]
+    problems: tuple[UserError, ...]
+    unreadable: tuple[UserError, ...]
+    """Pictures that cannot be decoded, which `data.skip_bad` leaves out."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What a full decode of one picture and its mask told; with an empty stamp it is not remembered."""
+
+    image: str
+    mask_hash: str
+    width: int
+    height: int
+    notes: tuple[str, ...]
+    stamp: str
+
+
+def scan(
+    source: Source, *, index: int, background: str, memory: Path, progress: Callable[[int, int], None] | None = None
+) -> Scan:
+    """Decode every picture of a source, as far as that was not done before; `memory` is the folder of what is known."""
+    settings = source.model_dump_json(exclude={"share", "weight", "resolution", "captions", "crop", "flip"})
+    file = memory / f"{hash_key(_VERSION, 'scan', settings, background):032x}.arrow"
+    listing = listing_stamp(source)
+    known = _remembered(file)
+    if known is not None and listing and known.schema.metadata[b"listing"] == listing.encode():
+        if progress is not None:
+            progress(known.num_rows, known.num_rows)
+        return Scan(known.replace_schema_metadata(None), tuple(json.loads(known.schema.metadata[b"notices"])), (), ())
+    found = collect(source, index=index)
+    looks = _look_all(found.records, source, background, _by_place(known), progress)
+    seen = [(record, look) for record, look in zip(found.records, looks, strict=True) if isinstance(look, _Look)]
+    unreadable = [look for look in looks if isinstance(look, UserError)]
+    table = pa.Table.from_pylist([_row(record, look) for record, look in seen], schema=SCHEMA)
+    # What changes while it is read is not what was listed before.
+    settled = not found.problems and not unreadable and all(look.stamp for _, look in seen)
+    whole = listing if settled and listing == listing_stamp(source) else None
+    _remember(file, table, listing=whole or "", notices=found.notices)
+    return Scan(table, tuple(found.notices), tuple(found.problems), tuple(unreadable))
+
+
+def _row(record: Record, look: _Look) -> dict[str, Any]:
+    mask = None if record.mask is None else asdict(record.mask)
+    own = {"place": asdict(record.place), "mask": mask, "caption": record.caption, "concept": record.concept}
+    return own | {"repeats": record.repeats} | asdict(look)
+
+
+def _look_all(
+    records: Sequence[Record],
+    source: Source,
+    background: str,
+    known: dict[str, _Look],
+    progress: Callable[[int, int], None] | None,
+) -> list[_Look | UserError]:
+    stamps = functools.cache(stamp_of)  # an archive is asked once, not for each member
+
+    def look(record: Record) -> _Look | UserError:
+        try:
+            container = Place(record.place.url, record.place.kind)
+            stamp = stamps(container) if record.place.kind != "file" else stamp_of(record.place)
+            if record.mask is not None and stamp:
+                own = stamp_of(record.mask)
+                stamp = f"{stamp} {own}" if own else ""
+            before = known.get(str(record.place))
+            if before is not None and stamp and before.stamp == stamp and source.mask == _mask_kind(before):
+                return before
+            return _decode(record, source, background, stamp)
+        except UserError as error:
+            return error
+        except OSError as error:
+            where, reason = str(record.place), error.strerror or str(error)
+            return UserError(f"cannot be read: {reason}", where=where, fix="check the file")
+
+    threads = min(8, os.cpu_count() or 1)
+    found = []
+    for done, result in enumerate(ahead(look, records, threads=threads, depth=8 * threads), start=1):
+        found.append(result)
+        if progress is not None and (done == len(records) or done % max(1, len(records) // 500) == 0):
+            progress(done, len(records))
+    return found
+
+
+def _mask_kind(look: _Look) -> str:
+    return {"": "none", ALPHA: "alpha"}.get(look.mask_hash, "file")
+
+
+def _decode(record: Record, source: Source, background: str, stamp: str) -> _Look:
+    data = record.place.read()
+    image, notes, alpha = decode_bytes(data, path=record.place, background=background)
+    mask_hash = ""
+    if source.mask == "alpha":
+        mask_hash = ALPHA
+        notes = tuple(note for note in notes if not note.startswith("transparency")) if alpha is not None else (
+            *notes,
+            "no transparency, so the loss counts everywhere",
+        )  # fmt: skip
+    elif record.mask is not None:
+        mask = record.mask.read()
+        decode_mask(mask, place=record.mask, size=image.size)
+        mask_hash = content_hash(mask)
+    return _Look(content_hash(data), mask_hash, image.width, image.height, notes, stamp)
+
+
+def _by_place(table: pa.Table | None) -> dict[str, _Look]:
+    if table is None:
+        return {}
+    names = [field.name for field in fields(_Look)]
+    columns = [table.column(name).to_pylist() for name in names]
+    places = [str(Place(**place)) for place in table.column("place").to_pylist()]
+    looks = (_Look(**{**dict(zip(names, row, strict=True))}) for row in zip(*columns, strict=True))
+    return dict(zip(places, looks, strict=True))
+
+
+def _remembered(file: Path) -> pa.Table | None:
+    try:
+        with pa.memory_map(str(file)) as mapped:
+            table = pa.ipc.open_file(mapped).read_all()
+    except (OSError, pa.ArrowInvalid):
+        return None  # only a memory of work done: without it every picture is decoded again
+    known = table.schema.remove_metadata() == SCHEMA and {b"listing", b"notices"} <= set(table.schema.metadata or {})
+    return table if known else None
+
+
+def _remember(file: Path, table: pa.Table, *, listing: str, notices: Sequence[str]) -> None:
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.{time.monotonic_ns()}")
+    told = table.replace_schema_metadata({"listing": listing, "notices": json.dumps(list(notices))})
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with pa.ipc.new_file(str(temporary), told.schema) as writer:
+            writer.write_table(told)
+        temporary.replace(file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise ResourceError(
+            f"the cache folder cannot be written: {error.strerror}",
+            where=str(file.parent),
+            fix="set data.cache to a folder with space",
+        ) from error

@@ -1,0 +1,26 @@
+"""What holds for a source: its own setting, or that of the whole run."""
+
+from __future__ import annotations
+
+from gesso.config.run import Captions, Data, Source
+
+
+def resolutions(source: Source, data: Data) -> tuple[int, ...]:
+    """The sides of the squares whose areas its buckets have."""
+    sides = source.resolution or data.resolution
+    return sides if isinstance(sides, tuple) else (sides,)
+
+
+def crop(source: Source, data: Data) -> str:
+    """Where its pictures are cropped."""
+    return source.crop or data.crop
+
+
+def flips(source: Source, data: Data) -> bool:
+    """Whether its pictures are mirrored."""
+    return data.flip if source.flip is None else source.flip
+
+
+def words(source: Source, data: Data) -> Captions:
+    """How its captions are varied."""
+    return source.captions or data.captions

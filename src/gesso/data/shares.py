@@ -1,0 +1,104 @@
+"""How often each picture is seen in an epoch: repeats, shares of the sources, balance between concepts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gesso.core.random import permutation
+from gesso.data.rows import Rows
+from gesso.errors import UserError
+
+if TYPE_CHECKING:
+    from gesso.config.run import Data
+
+
+class Visits(NamedTuple):
+    """The visits of an epoch before they are shuffled, sorted: sample and repeat, int32 each."""
+
+    samples: NDArray[np.int32]
+    repeats: NDArray[np.int32]
+
+
+class _Group(NamedTuple):
+    """Samples of which a part comes once more in each epoch."""
+
+    members: NDArray[np.int32]
+    """In the order in which they take turns."""
+    extra: int
+
+
+class Repeats:
+    """The visits of each epoch, as many in every one.
+
+    Of samples with 2.5 repeats each comes twice in every epoch, and half of them a third time: they take turns, in an
+    order drawn once, so that over the epochs all are seen equally often. Whoever takes turns alone comes every time.
+    """
+
+    def __init__(self, repeats: NDArray[np.float64], groups: NDArray[np.int32], *, seed: int) -> None:
+        """`repeats` [n] of each sample; samples of one group and one number of repeats take turns."""
+        self._whole = np.floor(repeats + _ROUNDING).astype(np.int32)
+        part = np.clip(repeats - self._whole, 0, 1)
+        self._groups: list[_Group] = []
+        for group in np.unique(groups[part > _ROUNDING]):
+            for value in np.unique(part[(groups == group) & (part > _ROUNDING)]):
+                members = np.flatnonzero((groups == group) & (part == value)).astype(np.int32)
+                turns = permutation(len(members), seed, "turns", int(group), f"{value:.9f}")
+                self._groups.append(_Group(members[turns], max(1, round(float(value) * len(members)))))
+        self._count = int(self._whole.sum()) + sum(group.extra for group in self._groups)
+
+    def __len__(self) -> int:
+        """Visits in an epoch."""
+        return self._count
+
+    def of(self, epoch: int) -> Visits:
+        """The visits of one epoch."""
+        repeats = self._whole
+        if self._groups:
+            repeats = repeats.copy()
+            for members, extra in self._groups:
+                repeats[members[(epoch * extra + np.arange(extra)) % len(members)]] += 1
+        samples = np.repeat(np.arange(len(repeats), dtype=np.int32), repeats)
+        first = np.cumsum(repeats) - repeats
+        return Visits(samples, (np.arange(len(samples)) - first[samples]).astype(np.int32))
+
+
+_ROUNDING = 1e-9
+
+
+def repeats_of(rows: Rows, samples: NDArray[np.int32], data: Data, *, seed: int) -> Repeats:
+    """The visits of the samples of `rows` (`samples` holds each one's row)."""
+    repeats = _by_share(rows, data) if any(s.share is not None for s in data.sources) else rows.numbers("repeats")
+    concepts, _ = rows.words("concept")
+    if data.balance:
+        repeats = _balanced(rows, repeats, concepts)
+    # Who takes turns with whom: pictures of one source and one concept.
+    groups = rows.numbers("source").astype(np.int64) * (int(concepts.max(initial=0)) + 1) + concepts
+    return Repeats(repeats[samples], groups[samples].astype(np.int32), seed=seed)
+
+
+def _by_share(rows: Rows, data: Data) -> NDArray[np.float64]:
+    """Repeats in proportion to the shares, such that the source that needs fewest is seen exactly once."""
+    sources = rows.numbers("source")
+    counts = np.bincount(sources, minlength=len(data.sources))
+    for i, source in enumerate(data.sources):
+        if source.share is None:
+            raise UserError(
+                "other sources have a share, and this one has none", where=f"data.sources.{i}.share", fix="give it one"
+            )
+    shares = np.array([source.share for source in data.sources], np.float64)
+    there = counts > 0
+    scale = (counts[there] / shares[there]).max()
+    repeats: NDArray[np.float64] = (scale * shares / np.maximum(counts, 1))[sources]
+    return repeats
+
+
+def _balanced(rows: Rows, repeats: NDArray[np.float64], concepts: NDArray[np.int32]) -> NDArray[np.float64]:
+    """As many samples for each concept as the largest has; prior images are no concept of their own."""
+    codes, words = rows.words("role")
+    taught = np.array([word != "prior" for word in words], bool)[codes]
+    sums = np.bincount(concepts[taught], weights=repeats[taught], minlength=int(concepts.max()) + 1)
+    factors = np.divide(sums.max(), sums, out=np.ones_like(sums), where=sums > 0)
+    return np.where(taught, repeats * factors[concepts], repeats)

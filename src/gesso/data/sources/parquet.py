@@ -1,0 +1,140 @@
+"""Parquet tables with the pictures in them. Only captions are read here; a picture is read where it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from gesso.config.run import Source
+from gesso.data.places import Place, edge, open_file
+from gesso.data.sources.folder import caption_text
+from gesso.data.sources.found import Entry, Found, counted, listed
+from gesso.data.sources.table import IMAGE_COLUMNS, choose_caption
+from gesso.errors import UserError
+
+
+def holds_pictures(url: str, source: Source) -> bool:
+    """Whether a table has a column of pictures rather than of paths."""
+    schema = _open(url).schema_arrow
+    if source.image_column is not None and source.image_column in schema.names:
+        return _is_image(schema.field(source.image_column).type)
+    return any(_is_image(field.type) for field in schema)
+
+
+def entries(urls: Sequence[str], source: Source, found: Found) -> list[Entry]:
+    """The rows of all tables; what is wrong with a table or a row goes to `found`."""
+    if source.mask == "file":
+        raise UserError("tables have no mask files", where=source.path, fix="set mask to alpha or none")
+    made: list[Entry] = []
+    for url in urls:
+        try:
+            with edge(url, "cannot be read as Parquet", fix="write it again"):
+                made += _rows(url, source, found)
+        except UserError as error:
+            found.problems.append(error)
+    return made
+
+
+def _open(url: str) -> Any:
+    import pyarrow.parquet as pq
+
+    with edge(url, "cannot be read as Parquet", fix="write it again"):
+        return pq.ParquetFile(open_file(url))
+
+
+def _rows(url: str, source: Source, found: Found) -> Iterator[Entry]:
+    file = _open(url)
+    schema = file.schema_arrow
+    image, caption = choose_picture(schema, source, url), choose_caption(schema.names, source, url)
+    if caption is not None and not _is_text(schema.field(caption).type):
+        what = f"the caption column '{caption}' holds {schema.field(caption).type}, not text"
+        raise UserError(what, where=url, fix="name another with caption_column")
+    number, bare = 0, []
+    for group in range(file.num_row_groups):
+        count = file.metadata.row_group(group).num_rows
+        captions = [None] * count
+        if caption is not None:
+            captions = file.read_row_group(group, columns=[caption]).column(caption).to_pylist()
+        empty = _empty_cells(file, group, image)
+        for offset, text in enumerate(captions):
+            number += 1
+            if offset in empty:
+                bare.append(f"row {number}{empty[offset]}")
+                continue
+            place = Place(url, "parquet", image, number - 1)
+            yield Entry(place.name, place, caption_text(text, str(place)), str(place), concept="")
+    if bare:
+        have = "has" if len(bare) == 1 else "have"
+        found.problems.append(
+            UserError(
+                f"{counted(len(bare), 'row')} of {number} {have} no picture in '{image}': {listed(bare)}",
+                where=url,
+                fix="put the pictures' bytes into the table; paths in it are not followed",
+            )
+        )
+
+
+def choose_picture(schema: Any, source: Source, where: str) -> str:
+    """The column of pictures in an Arrow schema."""
+    names = [field.name for field in schema if _is_image(field.type)]
+    there = ", ".join(f"{field.name} ({field.type})" for field in schema) or "none"
+    if source.image_column is not None:
+        if source.image_column in names:
+            return source.image_column
+        kind = "holds no pictures" if source.image_column in schema.names else "is not there"
+        what = f"the column '{source.image_column}' {kind}; the columns are: {there}"
+        raise UserError(what, where=where, fix="set image_column to a column of bytes")
+    usual = [name for name in IMAGE_COLUMNS if name in names]
+    if usual or len(names) == 1:
+        return (usual or names)[0]
+    if names:
+        what = f"several columns may hold the pictures: {', '.join(names)}"
+        raise UserError(what, where=where, fix="name one with image_column")
+    raise UserError(
+        f"no column of pictures (bytes); the columns are: {there}",
+        where=where,
+        fix="download the pictures and put their bytes into the table, or list files in the folder by their names",
+    )
+
+
+def _is_image(kind: Any) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        return any(field.name == "bytes" and _is_bytes(field.type) for field in kind)
+    return _is_bytes(kind)
+
+
+def _is_bytes(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind))
+
+
+def _empty_cells(file: Any, group: int, image: str) -> dict[int, str]:
+    """The rows of a group without bytes, each with what it has instead."""
+    facts = file.metadata.row_group(group)
+    leaves = [facts.column(i) for i in range(facts.num_columns)]
+    counts = [
+        leaf.statistics.null_count if leaf.statistics is not None and leaf.statistics.has_null_count else None
+        for leaf in leaves
+        if leaf.path_in_schema in (image, f"{image}.bytes")
+    ]
+    if counts == [0]:
+        return {}  # so that no picture need be read
+    empty = {}
+    cells = file.read_row_group(group, columns=[image]).column(image)
+    for offset, cell in enumerate(cells):
+        value = cell.as_py()
+        if (value.get("bytes") if isinstance(value, dict) else value) is None:
+            path = value.get("path") if isinstance(value, dict) else None
+            empty[offset] = f" (only the path '{path}')" if path else ""
+    return empty
