@@ -28,7 +28,7 @@ def scan(
     path: Annotated[
         str,
         typer.Argument(
-            metavar="DATA|RUN", help="A folder, archive, table, URL or hub:NAME/REPO with images; or a run."
+            metavar="DATA|RUN", help="A folder, archive, table, URL or hub:OWNER/NAME with images; or a run."
         ),
     ],
     report: Annotated[Path | None, typer.Option(help="Write a page with pictures, such as report.html.")] = None,

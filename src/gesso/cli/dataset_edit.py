@@ -217,7 +217,9 @@ def caption(
 def _write_captions(library: Library, plugin: str, settings: Settings, wanted: Wanted) -> None:
     from gesso.data.captioning import plugins as captioners
 
-    options = [f"--with {plugin}", f"--model {settings.model}", f"--prompt {settings.prompt}", f"--{wanted.mode}"]
+    chosen = {"with": plugin, "model": settings.model, "prompt": settings.prompt}
+    options = [f"--{name} {shlex.quote(value)}" for name, value in chosen.items() if value]
+    options += [f"--{wanted.mode}"] if wanted.mode != "missing" else []
     command = _told("caption", library.folder, options)
     items = captioners.pending(library, wanted, command=command)
     if not items:
@@ -241,7 +243,7 @@ def _write_captions(library: Library, plugin: str, settings: Settings, wanted: W
             progress=progress,
         )
     if report.written:
-        typer.echo(f"{report.written} captions written")
+        typer.echo(f"{report.written} {'caption' if report.written == 1 else 'captions'} written")
         _tell_undo(library.folder)
     if report.failed:
         what = f"{len(report.failed)} pictures got no caption" if report.written else "nothing was written"

@@ -217,7 +217,7 @@ def _repeated(rows: pa.Table) -> list[str]:
             notices.append(f"both trained on and held out, so its validation loss means little: {some(paths)}")
     held = pc.sum(pc.equal(pc.cast(rows.column("split"), pa.string()), "validation")).as_py()
     if held:
-        notices.append(f"{held} of {rows.num_rows} pictures are held out for validation")
+        notices.append(f"{held} of {rows.num_rows} pictures {'is' if held == 1 else 'are'} held out for validation")
     return notices
 
 

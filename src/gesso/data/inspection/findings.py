@@ -196,7 +196,7 @@ def _duplicates(pictures: Sequence[Picture], progress: Progress | None) -> Itera
     if alike:
         what = f"{counted(len(alike), 'group')} of pictures that look alike (hashes at most {near.DISTANCE} of 64 bits "
         what += "apart, and like colours)"
-        fix = "keep the best of each (gesso dataset dedupe --near), unless each is meant to count"
+        fix = "keep the best of each (gesso dataset dedupe --near 6), unless each is meant to count"
         yield Finding("warning", "near duplicate", what, fix, groups=_grouped(pictures, alike))
     everything = {i: by_content[pictures[i].look.image] for group in alike for i in group}
     families = [*exact, *([j for i in group for j in everything[i]] for group in alike)]
@@ -287,7 +287,8 @@ def _files(pictures: Sequence[Picture]) -> Iterable[Finding]:
         f"nothing has to be done; other tools may show them turned: {_BAKED}",
         lambda p: f"orientation {p.look.orientation}",
     )
-    wrong = [i for i, p in enumerate(pictures) if not ending_fits(p.record.place.name, p.look.format)]
+    files = [(i, p) for i, p in enumerate(pictures) if p.record.place.kind == "file"]
+    wrong = [i for i, p in files if not ending_fits(p.record.place.name, p.look.format)]
     yield from _some(
         pictures,
         wrong,
