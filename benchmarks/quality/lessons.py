@@ -46,6 +46,8 @@ STEPS = CHARACTER.steps
 """Length of the lesson that is overdone; length, rank and rate of all are those of `gesso.micro.lessons`."""
 OVERDONE = 10
 """An overdone lesson is this many times as long, with nothing beside the twelve pictures, at a constant rate."""
+OVERDONE_RATE = 1e-3
+"""A quarter of the lesson's: at the whole of it, held so long, training does not overfit but blows up."""
 WATCHED = (1, 3, 10)
 """At these multiples of the usual length the overdone lesson is measured."""
 SOURCES = ("captions", "figures", "judge", "lessons", "painter", "score", "templates", "world")
@@ -115,7 +117,7 @@ def main() -> int:
             "pictures": {"unseen": UNSEEN, "people": PEOPLE, "ordinary": ORDINARY},
             "drawn": {"steps": score.STEPS, "guidance": score.GUIDANCE, "seed": SEED},
             "run_files": {lesson.name: bench.run_file(lesson) for lesson in LESSONS},
-            "overdone": {"times": OVERDONE, "others": 0, "schedule": "constant"},
+            "overdone": {"times": OVERDONE, "others": 0, "schedule": "constant", "rate": OVERDONE_RATE},
         },
         "thresholds": [dataclasses.asdict(threshold) for threshold in THRESHOLDS],
         "figures": figures,
@@ -174,6 +176,7 @@ class Bench:
         sets = [
             f"training.steps={OVERDONE * STEPS}",
             "training.schedule={type: constant, warmup: 10}",
+            f"training.learning_rate={OVERDONE_RATE}",
             f"checkpoint={{every: {STEPS}, keep_last: {OVERDONE}}}",
         ]
         run, seconds = self.train("overdone", CHARACTER, sets=sets, alone=True)

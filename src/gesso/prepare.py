@@ -8,14 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from gesso.config.run import RunConfig
-from gesso.core.batch import Batch
 from gesso.core.events import Progress, Warned
 from gesso.core.folder import RunFolder
 from gesso.core.runtime import Runtime
 from gesso.core.seams import Emit, Parts
 from gesso.data import index as dataset
 from gesso.data.cache import LatentCache, LiveLatents, LiveText, TextCache
-from gesso.data.loader import Loader
+from gesso.data.loader import HeldOut, Loader
 from gesso.data.plan import Plan
 from gesso.data.store import Store
 from gesso.evaluation import preview
@@ -29,7 +28,7 @@ class Prepared:
     """The data of a run, encoded, and the networks that are still needed."""
 
     stream: Loader
-    held_out: list[Batch]
+    held_out: HeldOut
     samples: int
     previewer: Previewer | None
     parts: Parts
@@ -82,7 +81,10 @@ def prepare(run: RunConfig, folder: RunFolder, runtime: Runtime, tell: Emit) -> 
     if not live_text:
         parts.text_encoders, parts.tokenizers = [], []
     runtime.release()
-    stream = Loader(plan, latents=latents, text=text, family=family, workers=run.data.workers, stop=total)
+    patience = 3600.0 if run.data.encoding == "live" else 120.0  # encoding a window on a CPU is slow, not stuck
+    stream = Loader(
+        plan, latents=latents, text=text, family=family, workers=run.data.workers, stop=total, patience=patience
+    )
     held_out = stream.validation_batches(run.validation.timesteps)
     return Prepared(stream, held_out, plan.visits_per_epoch, previewer, parts, vae_home, hashes)
 

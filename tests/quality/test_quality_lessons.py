@@ -134,7 +134,7 @@ def test_captions_decide_what_is_learnt(tmp_path: Path) -> None:
 def test_text_encoders_learn_too(tmp_path: Path, base: Any, taught_pipeline: Any, unseen: list[str]) -> None:
     """On, both encoders answer otherwise and the lesson is learnt all the same; off, they answer as ever."""
     sets = ["adapter.train_text_encoders=true", "training.text_encoder_learning_rates=5e-4"]
-    pipeline = opened(teach(tmp_path, CHARACTER, steps=150, sets=sets))
+    pipeline = opened(teach(tmp_path, CHARACTER, steps=220, sets=sets))
     before, after, still = (_answers(p, unseen[0]) for p in (base, pipeline, taught_pipeline))
     for name, answer in before.items():
         assert torch.equal(still[name], answer), f"{name} changed though it did not train"

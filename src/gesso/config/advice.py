@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +17,7 @@ from gesso.adapters import FULL_IN_16_BITS, Full
 from gesso.config import schema
 from gesso.config.forecast import GIB, Counted, Forecast, Machine, forecast, full_size, images_in
 from gesso.config.run import RunConfig
+from gesso.core import resolve
 from gesso.errors import Problems, UserError
 
 __all__ = ["Advice", "Counted", "Finding", "Forecast", "Machine", "check"]
@@ -72,7 +73,10 @@ def check(run: RunConfig, machine: Machine | None = None, *, counted: Counted | 
     broken = any(f.level == "error" and f.key.startswith("data.") for f in findings)
     numbers = None if broken else forecast(run, counted)
     if numbers is not None:
-        findings += _about_numbers(run, numbers)
+        # What an estimate finds may be wrong, so it keeps nothing from starting.
+        about = list(_about_numbers(run, numbers))
+        softer = [replace(f, level="warning") if f.level == "error" else f for f in about]
+        findings += about if numbers.exact else softer
         findings += _about_machine(run, numbers, machine) if machine is not None else []
     return Advice(tuple(findings), numbers)
 
@@ -91,6 +95,9 @@ def _sources(run: RunConfig) -> Iterator[Finding]:
         key = f"data.sources.{i}"
         if Path(source.path).is_absolute():
             yield from _place(f"{key}.path", Path(source.path))
+        if run.folder.expanduser().absolute().is_relative_to(Path(source.path)):
+            what = f"the run folder {run.folder} lies inside it, so previews would be trained on"
+            yield _error(f"{key}.path", what, "put the images into a folder of their own, or set output")
         if source.missing_captions == "trigger" and not source.trigger:
             yield _error(f"{key}.trigger", "missing_captions is trigger, and there is no trigger word", "give one")
         if any(shared) and not shared[i]:
@@ -149,7 +156,8 @@ def _model(run: RunConfig) -> Iterator[Finding]:
 def cell_size(run: RunConfig) -> int:
     """Pixels per latent cell; SDXL's 8 where the model is not on this machine."""
     model = run.model
-    local = Path(model.base).is_dir() and (model.vae is None or Path(model.vae).exists())
+    packaged = model.base.startswith(resolve.PACKAGED)
+    local = (packaged or Path(model.base).is_dir()) and (model.vae is None or Path(model.vae).exists())
     return model.latent_factor if local else 8
 
 
@@ -164,6 +172,9 @@ def _sizes(run: RunConfig) -> Iterator[Finding]:
         "preview.width": run.preview.width,
         "preview.height": run.preview.height,
     }
+    for i, source in enumerate(data.sources):
+        sides = (source.resolution,) if isinstance(source.resolution, int) else source.resolution or ()
+        lengths |= {f"data.sources.{i}.resolution": side for side in sides}
     for key, length in lengths.items():
         if length is not None and length % cell:
             near = max(round(length / cell), 1) * cell
@@ -313,10 +324,16 @@ def _about_numbers(run: RunConfig, numbers: Forecast) -> Iterator[Finding]:
         yield Finding("hint", "checkpoint.every", "only the last step will be saved", "lower it to be able to go back")
     folder = run.folder.expanduser().absolute()
     existing = next(p for p in (folder, *folder.parents) if p.is_dir())
-    free = shutil.disk_usage(existing).free
-    if free < numbers.disk_bytes + GIB // 2:
-        what = f"checkpoints and cache take about {numbers.disk_bytes / GIB:.1f} GiB, and {free / GIB:.1f} are free"
+    free, written = shutil.disk_usage(existing).free, numbers.disk_bytes - numbers.cache_bytes
+    if free < written + GIB // 2:
+        what = f"checkpoints and result take about {written / GIB:.1f} GiB, and {free / GIB:.1f} are free"
         yield _error("output", what, "free some space, or lower checkpoint.keep_last")
+    cache = (run.data.cache or resolve.cache_root()).expanduser().absolute()
+    free = shutil.disk_usage(next(p for p in (cache, *cache.parents) if p.is_dir())).free
+    if free < numbers.cache_bytes + GIB // 2:
+        # How much of it is there already is not known here.
+        what = f"the whole cache takes about {numbers.cache_bytes / GIB:.1f} GiB, and {free / GIB:.1f} are free"
+        yield _warning("data.cache", what, "name a folder with space, or set data.encoding to live")
 
 
 def _about_machine(run: RunConfig, numbers: Forecast, machine: Machine) -> Iterable[Finding]:

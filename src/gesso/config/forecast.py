@@ -212,18 +212,21 @@ def _cache(run: RunConfig, images: Sequence[int], *, visits: int) -> int:
     if data.encoding == "live":
         return 0
     latents = captions = 0
+    seen = sum(count * source.repeats for count, source in zip(images, data.sources, strict=True))
     for count, source in zip(images, data.sources, strict=True):
         sides = source.resolution or data.resolution
-        cells = sum((side // 8) ** 2 for side in (sides if isinstance(sides, tuple) else (sides,)))
+        listed = sides if isinstance(sides, tuple) else (sides,)
+        cells = sum((side // 8) ** 2 for side in listed)
         random = (source.crop or data.crop) == "random" or data.rotation or data.colour
         flips = 1 + (data.flip if source.flip is None else source.flip)
         words = source.captions or data.captions
         varied = words.shuffle or words.tag_dropout or words.wildcards or words.lines == "choose"
-        most = visits * count // max(1, sum(images))
+        most = round(visits * count * source.repeats / max(1, seen) / len(listed))
         each = data.variants * count if data.variants else most
         latents += cells * (min(most, each * flips) if random else min(most, count * flips))
-        captions += min(most, each) if varied else count
-    text = 0 if run.adapter.train_text_encoders else captions * (77 * 2048 + 1280) * 4
+        captions += min(most * len(listed), each) if varied else count
+    wide = 4 if run.training.precision == "fp32" else 2
+    text = 0 if run.adapter.train_text_encoders else captions * (77 * 2048 + 1280) * wide
     return 2 * 4 * 4 * latents + text
 
 

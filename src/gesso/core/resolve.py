@@ -125,8 +125,8 @@ def _not_fetched(name: str, error: Exception, key: str) -> ResourceError:
 def fingerprint(paths: Sequence[Path], *, memo: Path | None = None) -> str:
     """One SHA-256 over the names and contents of the files, in the order given, wherever they are.
 
-    Hashes of files that did not change (path, size, mtime) are remembered in `memo`; without it, as where it cannot
-    be read or written, the answer is the same and takes longer.
+    Hashes of files that did not change (path, size, times, inode) are remembered in `memo`; without it, as where it
+    cannot be read or written, the answer is the same and takes longer.
     """
     memo = memo or cache_root() / "hashes.json"
     known = _remembered(memo)
@@ -134,10 +134,11 @@ def fingerprint(paths: Sequence[Path], *, memo: Path | None = None) -> str:
     for path in dict.fromkeys(paths):
         real, stat = path.resolve(), path.stat()
         entry = known.get(str(real))
-        if entry is None or entry[:2] != [stat.st_size, stat.st_mtime_ns]:
-            known[str(real)] = entry = [stat.st_size, stat.st_mtime_ns, file_sha256(real)]
+        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        if entry is None or entry[:-1] != stamp:
+            known[str(real)] = entry = [*stamp, file_sha256(real)]
             grown = True
-        digest.update(f"{path.name}={entry[2]}\n".encode())
+        digest.update(f"{path.name}={entry[-1]}\n".encode())
     if grown:
         with suppress(OSError):
             memo.parent.mkdir(parents=True, exist_ok=True)
@@ -151,7 +152,7 @@ def _remembered(memo: Path) -> dict[str, list[int | str]]:
     except (OSError, ValueError):
         return {}
     entries = known.items() if isinstance(known, dict) else ()
-    return {path: entry for path, entry in entries if isinstance(entry, list) and len(entry) == 3}
+    return {path: entry for path, entry in entries if isinstance(entry, list) and len(entry) == 5}
 
 
 def file_sha256(path: Path) -> str:

@@ -96,18 +96,24 @@ def held_folder(data: Data) -> list[Source]:
     # Validation captions follow the rules of the training ones: same columns, trigger and policy.
     first = data.sources[0]
     listing = first.metadata if first.metadata and (data.validation.path / first.metadata).is_file() else None
-    changes = {"path": str(data.validation.path), "metadata": listing, "repeats": 1.0, "weight": 1.0, "share": None}
+    changes = {
+        "path": str(data.validation.path),
+        "layout": "auto",
+        "metadata": listing,
+        "repeats": 1.0,
+        "weight": 1.0,
+        "share": None,
+    }
     return [first.model_copy(update=changes)]
 
 
 def _bad_captions(options: Captions, one: Scan) -> list[UserError]:
-    if not options.wildcards:
+    if not (options.wildcards or options.keep_separator):
         return []
     texts, places = one.table.column("caption").to_pylist(), one.table.column("place").to_pylist()
     return [
-        UserError(problem, where=str(Place(**place)), fix="close the braces, or write \\{ where a brace is meant")
+        UserError(problem, where=str(Place(**place)), fix="mend the caption, or turn the option off")
         for text, place in zip(texts, places, strict=True)
-        if "{" in text or "}" in text
         for problem in captions.problems(text, options)
     ]
 
@@ -149,8 +155,8 @@ def _split(rows: pa.Table, fraction: float, *, held: int) -> pa.Table:
     """Say of each row whether it is held out; those of source `held` are the validation folder's."""
     is_held = rows.column("source").to_numpy() == held
     if fraction and rows.num_rows:
-        images = rows.column("image").to_pylist()
-        chosen = held_out(images, fraction)
+        images = np.array(rows.column("image").to_pylist(), object)
+        chosen = held_out(images[~is_held], fraction)
         is_held |= np.fromiter((image in chosen for image in images), bool, len(images))
     words = pa.DictionaryArray.from_arrays(is_held.astype(np.int32), ["train", "validation"])
     return _replaced(rows, "split", words).cast(SCHEMA)
@@ -179,9 +185,10 @@ def _distinct_ids(rows: pa.Table) -> pa.Table:
 
 
 def _ordered(rows: pa.Table, members: Sequence[int]) -> list[int]:
-    def facts(i: int) -> tuple[str, str, str]:
+    def facts(i: int) -> tuple[object, ...]:
         row = rows.slice(i, 1).to_pylist()[0]
-        return row["split"], row["caption"], str(Place(**row["place"]))
+        told = (row[name] for name in ("split", "caption", "source", "concept", "repeats", "mask_hash"))
+        return (*told, str(Place(**row["place"])))
 
     return sorted(members, key=facts)
 
@@ -221,7 +228,7 @@ def _repeated(rows: pa.Table) -> list[str]:
     return notices
 
 
-_FACTS = ("id", "caption", "split", "weight", "repeats", "role", "concept", "mask_hash")
+_FACTS = ("id", "caption", "split", "weight", "repeats", "role", "concept", "mask_hash", "source")
 
 
 def _fingerprint(rows: pa.Table) -> str:

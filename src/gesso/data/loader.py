@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import torch
 
@@ -59,19 +59,21 @@ class Loader:
         """The batches of optimiser step `step`, the same for any number of workers."""
         return iter(self._ahead.take(step) if self._ahead is not None else self._prepare(step))
 
-    def validation_batches(self, timesteps: int) -> list[Batch]:
+    def validation_batches(self, timesteps: int) -> HeldOut:
         """The held-out pictures at `timesteps` fixed, evenly spread u; the same batches every time."""
-        return [
-            self._batch(
+        groups = [(visits, k) for visits in self._plan.microbatches(self._plan.validation) for k in range(timesteps)]
+
+        def batch(i: int) -> Batch:
+            visits, k = groups[i]
+            return self._batch(
                 visits,
                 samples=tuple(SampleKey(f"validation:{v.id}", k) for v in visits),
                 epoch=0,
                 u=torch.full((len(visits),), (k + 0.5) / timesteps),
                 weights=torch.ones(len(visits)),
             )
-            for visits in self._plan.microbatches(self._plan.validation)
-            for k in range(timesteps)
-        ]
+
+        return HeldOut(batch, len(groups))
 
     def close(self) -> None:
         """End the threads."""
@@ -136,6 +138,29 @@ def _masks(masks: Sequence[torch.Tensor | None], moments: torch.Tensor) -> torch
         return None
     everywhere = torch.ones(1, *moments.shape[2:])
     return torch.stack([everywhere if mask is None else mask for mask in masks])
+
+
+class HeldOut(Sequence[Batch]):
+    """The validation batches, each read when it is asked for: thousands of held-out pictures are not kept in memory."""
+
+    def __init__(self, make: Callable[[int], Batch], count: int) -> None:
+        self._make, self._count = make, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Batch]: ...
+
+    def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self._count))]
+        if not -self._count <= index < self._count:
+            raise IndexError(index)
+        return self._make(index % self._count)
 
 
 class _Ahead:

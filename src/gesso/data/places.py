@@ -108,7 +108,10 @@ def stamp_of(place: Place) -> str:
         return ""
     if place.is_remote:
         store, path = filesystem(place.url)
-        info = store.info(path)
+        try:
+            info = store.info(path)
+        except Exception:  # whatever a store's library raises: nothing is known, and reading it says why
+            return ""
         told = [info.get(name) for name in ("size", "etag", "ETag", "mtime", "LastModified", "last_modified")]
         return str(told) if sum(fact is not None for fact in told) > 1 else ""
     status = place.path.stat()

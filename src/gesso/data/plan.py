@@ -152,8 +152,7 @@ class Plan:
         found: dict[str, Row] = {}
         for rows in (self._train, self._held):
             seen: set[tuple[str, int]] = set()
-            pairs = zip(rows.table.column("caption").to_pylist(), rows.numbers("source").tolist(), strict=True)
-            for i, pair in enumerate(pairs):
+            for i, pair in enumerate(self._pairs(rows)):
                 if pair not in seen:
                     seen.add(pair)
                     row = rows[i]
@@ -165,16 +164,14 @@ class Plan:
 
         Where words are random without `data.variants`, more than `MOST_UNREPEATED` captions are a `UserError`.
         """
-        found = {visit.caption for visit in self.validation}
-        if not any(self._varies(source) for source in self._sources):
-            found |= set(self.texts())
-            return sorted(
-                found | ({""} if any(settings.words(s, self._data).dropout for s in self._sources) else set())
-            )
-        for visit in self._visits(steps):
+        dropped = any(settings.words(source, self._data).dropout for source in self._sources)
+        wordy, unrepeated = self._wordy(), 0
+        found = {visit.caption for visit in self.validation} | ({""} if dropped else set())
+        found |= {text for text, row in self.texts().items() if (row.caption, row.source) not in wordy}
+        for visit in self._visits(steps) if wordy else ():
             found.add(visit.caption)
-            if not self._data.variants:
-                self._refuse_more(len(found), steps, "captions", "captions.shuffle, tag_dropout, wildcards or lines")
+            unrepeated += not self._data.variants and (visit.row.caption, visit.row.source) in wordy
+            self._refuse_more(unrepeated, steps, "captions", "captions.shuffle, tag_dropout, wildcards or lines")
         return sorted(found)
 
     def window_size(self, step: int) -> int:
@@ -210,23 +207,28 @@ class Plan:
         These are what a cache must hold. Where pictures vary without `data.variants`, nearly every visit is a new
         version: more than `MOST_UNREPEATED` are a `UserError`, because the disk would fill silently.
         """
-        most = self._most_renditions()
+        varies = [self._random(source) and not self._data.variants for source in self._sources]
+        most, seen, unrepeated = int(self._versions().sum()), set(), 0
         found: dict[tuple[str, str, Fit], Visit] = {}
         for visit in self._visits(steps):
             found.setdefault((visit.row.image, visit.row.mask_hash, visit.fit), visit)
-            if most is None:
-                self._refuse_more(len(found), steps, "images", "data.crop, rotation or colour")
-            elif len(found) == most:
+            unrepeated += varies[visit.row.source]
+            self._refuse_more(unrepeated, steps, "images", "data.crop, rotation or colour")
+            seen.add((visit.id, visit.fit))
+            # Random crops can coincide, and then this is never reached, which only costs time.
+            if not any(varies) and len(seen) == most:
                 break
         for visit in self.validation:
             found.setdefault((visit.row.image, visit.row.mask_hash, visit.fit), visit)
         return list(found.values())
 
-    def refuse_unrepeated(self, steps: range) -> None:
-        """Raise what `renditions` and `captions` would raise for these steps."""
-        if self._most_renditions() is None:
+    def refuse_unrepeated(self, steps: range, *, captions: bool) -> None:
+        """Raise what `renditions`, and if they count `captions`, would raise for these steps."""
+        if self._data.variants:
+            return
+        if any(self._random(source) for source in self._sources):
             self.renditions(steps)
-        if not self._data.variants and any(self._varies(source) for source in self._sources):
+        if captions:
             self.captions(steps)
 
     def describe(self) -> list[BucketRow]:
@@ -326,24 +328,32 @@ class Plan:
         source = self._sources[row.source]
         return captions.render(row.caption, settings.words(source, self._data), trigger=source.trigger, draws=draws)
 
-    def _varies(self, source: Source) -> bool:
-        options = settings.words(source, self._data)
-        return bool(options.shuffle or options.tag_dropout or options.wildcards or options.lines == "choose")
-
-    def _most_renditions(self) -> int | None:
-        """How many versions of pictures there can be, or None if each visit makes a new one."""
+    def _random(self, source: Source) -> bool:
+        """Whether the pictures of a source are seen in ever new versions."""
         data = self._data
-        random = [settings.crop(s, data) == "random" or data.rotation or data.colour for s in data.sources]
-        if any(random) and not data.variants:
-            return None
-        flips = [1 + settings.flips(source, data) for source in data.sources]
-        each = np.array([(data.variants if r else 1) * f for r, f in zip(random, flips, strict=True)])
-        contents = np.stack([self._train.words(name)[0] for name in ("image", "mask_hash")], axis=1)
-        sources = self._train.numbers("source")[self._samples.rows]
-        keys = np.concatenate([contents[self._samples.rows], self._samples.buckets, self._samples.resized], axis=1)
-        _, first = np.unique(keys, axis=0, return_index=True)
-        # Random crops of one picture can coincide, and then this is never reached, which only costs time.
-        return int(each[sources[first]].sum())
+        return settings.crop(source, data) == "random" or bool(data.rotation or data.colour)
+
+    def _versions(self) -> NDArray[np.int64]:
+        """How many versions there are of each sample, where pictures have `data.variants` or do not vary."""
+        data = self._data
+        each = [
+            (max(data.variants, 1) if self._random(source) else 1) * (1 + settings.flips(source, data))
+            for source in self._sources
+        ]
+        return np.array(each)[self._train.numbers("source")[self._samples.rows]]
+
+    def _wordy(self) -> set[tuple[str, int]]:
+        """The captions, with their sources, that are rendered in ever new words."""
+        found = set()
+        for text, source in set(self._pairs(self._train)):
+            own = self._sources[source]
+            options = settings.words(own, self._data).model_copy(update={"dropout": 0.0})
+            if captions.varies(text, options, trigger=own.trigger):
+                found.add((text, source))
+        return found
+
+    def _pairs(self, rows: Rows) -> Iterator[tuple[str, int]]:
+        return zip(rows.table.column("caption").to_pylist(), rows.numbers("source").tolist(), strict=True)
 
     def _refuse_more(self, count: int, steps: range, what: str, key: str) -> None:
         if count > MOST_UNREPEATED:

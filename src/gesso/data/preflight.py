@@ -52,7 +52,7 @@ def preflight(
     )
     if run.data.encoding == "cached":
         steps = range(training.total_steps(plan.steps_per_epoch))
-        plan.refuse_unrepeated(steps)  # as the run would, after its models are loaded
+        plan.refuse_unrepeated(steps, captions=not run.adapter.train_text_encoders)  # as the run would, later
     own = len(run.data.sources)
     sources = np.bincount(index.rows.numbers("source"), minlength=own)[:own]
     held_out = int((index.validation.numbers("source") < own).sum())

@@ -91,7 +91,7 @@ class Rows(Sequence[Row]):
 
     def __getitem__(self, index: int | slice) -> Row | Rows:
         if isinstance(index, slice):
-            return Rows(self.table.take(pa.array(range(*index.indices(len(self))))))
+            return Rows(self.table.take(pa.array(range(*index.indices(len(self))), pa.int64())))
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         values = {name: self.table.column(name)[index].as_py() for name in _NAMES}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import xxhash
 
 from gesso.config.run import Source
 from gesso.core.random import key as hash_key
@@ -27,7 +28,9 @@ from gesso.data.sources import Record, collect, listing_stamp
 from gesso.data.threads import ahead
 from gesso.errors import ResourceError, UserError
 
-_VERSION = 3
+_VERSION = 4
+_DIGEST = 16
+"""Bytes of the checksum in front of what is remembered."""
 SCHEMA = pa.schema(
     [
         ("place", PLACE),
@@ -166,10 +169,12 @@ def _by_place(table: pa.Table | None) -> dict[str, _Look]:
 
 def _remembered(file: Path) -> pa.Table | None:
     try:
-        with pa.memory_map(str(file)) as mapped:
-            table = pa.ipc.open_file(mapped).read_all()
-    except (OSError, pa.ArrowInvalid):
+        content = memoryview(file.read_bytes())
+    except OSError:
         return None  # only a memory of work done: without it every picture is decoded again
+    if xxhash.xxh3_128_digest(content[_DIGEST:]) != bytes(content[:_DIGEST]):
+        return None
+    table = pa.ipc.open_file(pa.py_buffer(content[_DIGEST:])).read_all()
     known = table.schema.remove_metadata() == SCHEMA and {b"listing", b"notices"} <= set(table.schema.metadata or {})
     return table if known else None
 
@@ -179,8 +184,11 @@ def _remember(file: Path, table: pa.Table, *, listing: str, notices: Sequence[st
     told = table.replace_schema_metadata({"listing": listing, "notices": json.dumps(list(notices))})
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with pa.ipc.new_file(str(temporary), told.schema) as writer:
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, told.schema) as writer:
             writer.write_table(told)
+        content = sink.getvalue().to_pybytes()
+        temporary.write_bytes(xxhash.xxh3_128_digest(content) + content)
         temporary.replace(file)
     except OSError as error:
         with contextlib.suppress(OSError):

@@ -69,19 +69,19 @@ _ROUNDING = 1e-9
 
 
 def repeats_of(rows: Rows, samples: NDArray[np.int32], data: Data, *, seed: int) -> Repeats:
-    """The visits of the samples of `rows` (`samples` holds each one's row)."""
-    repeats = _by_share(rows, data) if any(s.share is not None for s in data.sources) else rows.numbers("repeats")
-    concepts, _ = rows.words("concept")
+    """The visits of the samples of `rows` (`samples` holds each one's row); those of one source take turns."""
+    sources = rows.numbers("source")[samples]
+    if any(source.share is not None for source in data.sources):
+        repeats = _by_share(sources, data)
+    else:
+        repeats = rows.numbers("repeats")[samples]
     if data.balance:
-        repeats = _balanced(rows, repeats, concepts)
-    # Who takes turns with whom: pictures of one source and one concept.
-    groups = rows.numbers("source").astype(np.int64) * (int(concepts.max(initial=0)) + 1) + concepts
-    return Repeats(repeats[samples], groups[samples].astype(np.int32), seed=seed)
+        repeats = _balanced(rows, samples, repeats)
+    return Repeats(repeats, sources, seed=seed)
 
 
-def _by_share(rows: Rows, data: Data) -> NDArray[np.float64]:
+def _by_share(sources: NDArray[np.int32], data: Data) -> NDArray[np.float64]:
     """Repeats in proportion to the shares, such that the source that needs fewest is seen exactly once."""
-    sources = rows.numbers("source")
     counts = np.bincount(sources, minlength=len(data.sources))
     for i, source in enumerate(data.sources):
         if source.share is None:
@@ -95,10 +95,11 @@ def _by_share(rows: Rows, data: Data) -> NDArray[np.float64]:
     return repeats
 
 
-def _balanced(rows: Rows, repeats: NDArray[np.float64], concepts: NDArray[np.int32]) -> NDArray[np.float64]:
+def _balanced(rows: Rows, samples: NDArray[np.int32], repeats: NDArray[np.float64]) -> NDArray[np.float64]:
     """As many samples for each concept as the largest has; prior images are no concept of their own."""
     codes, words = rows.words("role")
-    taught = np.array([word != "prior" for word in words], bool)[codes]
+    taught = np.array([word != "prior" for word in words], bool)[codes[samples]]
+    concepts = rows.words("concept")[0][samples]
     sums = np.bincount(concepts[taught], weights=repeats[taught], minlength=int(concepts.max()) + 1)
     factors = np.divide(sums.max(), sums, out=np.ones_like(sums), where=sums > 0)
     return np.where(taught, repeats * factors[concepts], repeats)

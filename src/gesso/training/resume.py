@@ -32,6 +32,7 @@ def identity(run: RunConfig, *, hashes: Mapping[str, str]) -> dict[str, Any]:
     # Files may move; their contents are in the hashes.
     for key in [k for k in flat if k.startswith("data.sources.") and k.endswith(".path")]:
         del flat[key]
+    flat["data.validation.path"] = flat["data.validation.path"] is not None
     batch, accumulation = flat.pop("training.batch_size"), flat.pop("training.accumulation")
     return flat | {"training.samples_per_step": batch * accumulation} | {f"hash.{k}": v for k, v in hashes.items()}
 

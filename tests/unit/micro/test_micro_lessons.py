@@ -65,7 +65,7 @@ def test_its_folder_is_an_ordinary_run(lesson: Lesson, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(lessons.run_file(lesson, steps=40, every=20, rank=4, rate=1e-3, prompts=prompts))
     run = files.load(tmp_path / "run.yaml").run
     assert run.name == lesson.name
-    assert [source.path for source in run.data.sources] == [tmp_path / "pictures", tmp_path / "others"]
+    assert [source.path for source in run.data.sources] == [str(tmp_path / "pictures"), str(tmp_path / "others")]
     assert run.preview.prompts == tuple(prompts)
     assert (run.training.steps, run.training.learning_rate, run.checkpoint.every) == (40, 1e-3, 20)
     rows = {"pictures": lesson.training(), "others": lessons.others(3), "validation": lesson.validation()}
