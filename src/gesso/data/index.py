@@ -21,7 +21,7 @@ from gesso.data.images import background_colour
 from gesso.data.places import Place
 from gesso.data.rows import SCHEMA, Row, Rows, Split
 from gesso.data.scans import Scan, scan
-from gesso.data.sources import some
+from gesso.data.sources import forget, some
 from gesso.errors import Problems, UserError
 
 __all__ = ["Index", "Row", "Rows", "Split", "build", "cache_folder", "held_folder", "held_out"]
@@ -61,6 +61,7 @@ def build(data: Data, *, progress: Callable[[int, int], None] | None = None) -> 
     A picture that was decoded before and has not been touched since is not decoded again. All problems are
     raised together as `Problems`; with `data.skip_bad` unreadable pictures become a notice instead.
     """
+    forget()
     background_colour(data.background)  # a wrong name is one mistake, not one for each picture
     memory = cache_folder(data) / "scans"
     sources = [*data.sources, *held_folder(data)]

@@ -321,3 +321,10 @@ _READERS = {
     "parquet": _read_parquet,
     "dataset": _read_dataset,
 }
+
+
+def forget() -> None:
+    """Let go of open archives and tables, so that what stands behind a URL is asked for anew."""
+    with _lock:
+        for kept in (_unpacked, _archive, _parquet, _row_group, _group_ends):
+            kept.cache_clear()

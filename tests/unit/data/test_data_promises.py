@@ -133,3 +133,31 @@ def test_a_fraction_beside_a_validation_folder_never_takes_the_only_picture(tmp_
     held = {"path": str(tmp_path / "held"), "fraction": 0.5}
     index = build(run_of(tmp_path, tmp_path / "set", validation=held).data)
     assert (len(index.train), len(index.validation)) == (1, 13)
+
+
+def test_what_stands_behind_a_url_is_asked_for_anew(tmp_path: Path) -> None:
+    import io
+    import zipfile
+
+    import fsspec
+    from PIL import Image
+
+    store = fsspec.filesystem("memory")
+
+    def put(colour: str) -> None:
+        packed = io.BytesIO()
+        with zipfile.ZipFile(packed, "w") as archive:
+            picture = io.BytesIO()
+            Image.new("RGB", (64, 64), colour).save(picture, "PNG")
+            archive.writestr("a.png", picture.getvalue())
+            archive.writestr("a.txt", colour)
+        store.pipe("/anew/set.zip", packed.getvalue())
+
+    data = data_for(tmp_path, cache=tmp_path / "cache", sources=(Source(path="memory://anew/set.zip"),))
+    seen = []
+    for colour in ("red", "blue"):
+        put(colour)
+        [row] = build(data).rows
+        seen.append((row.image, row.caption))
+    assert [caption for _, caption in seen] == ["red", "blue"]
+    assert seen[0][0] != seen[1][0]

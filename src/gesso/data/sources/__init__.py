@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gesso.config.run import Source
+from gesso.data import places
 from gesso.data.places import is_url
 from gesso.data.sources import archive, folder, hub, nothing, parquet, table, webdataset
 from gesso.data.sources.found import Entry, Found, Record, some
@@ -20,7 +21,7 @@ from gesso.data.sources.splits import of_split
 from gesso.data.sources.tree import Kinds, LocalTree, Tree, classify, notice_hidden, remote_tree
 from gesso.errors import Problems, UserError
 
-__all__ = ["MAX_CAPTION", "Found", "Record", "collect", "listing_stamp", "records", "some"]
+__all__ = ["MAX_CAPTION", "Found", "Record", "collect", "forget", "listing_stamp", "records", "some"]
 
 _PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 
@@ -47,6 +48,12 @@ def collect(source: Source, *, index: int = 0) -> Found:
     notice_hidden(source.path, found)
     found.records = records_of(source, index, entries, found)
     return found
+
+
+def forget() -> None:
+    """Let go of everything that is kept open, so that a process that lives long sees what was replaced."""
+    places.forget()
+    hub.forget()
 
 
 def listing_stamp(source: Source) -> str | None:

@@ -193,3 +193,9 @@ def _offline() -> bool:
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
+
+
+def forget() -> None:
+    """Let go of opened data sets."""
+    open_dataset.cache_clear()
+    _raw.cache_clear()
