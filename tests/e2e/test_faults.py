@@ -147,7 +147,8 @@ def test_broken_metadata_lines_are_all_named(desk: Desk, own: Path) -> None:
 def test_fewer_samples_than_one_step_takes(desk: Desk) -> None:
     for command in ("train", "check"):
         message = desk.call(command, desk.run_file, "--set", "training.batch_size=5").refused(
-            INPUT, "an epoch has 9 samples (9 pictures x repeats), but one step takes 10 = batch_size 5 x accumulation 2"
+            INPUT,
+            "an epoch has 9 samples (9 pictures x repeats), but one step takes 10 = batch_size 5 x accumulation 2",
         )
         assert "repeats" in message
     desk.train("--set", "training.batch_size=5", "--set", "data.validation.fraction=0.4").refused(

@@ -177,3 +177,11 @@ def _inside(width: int, height: int, sizes: Sequence[Size], step: int) -> Size:
         else:
             high = max(step, area // wide // step * step)
     return wide, high
+
+
+class BucketRow(NamedTuple):
+    """One bucket for humans; `crop_loss` is the mean share of a picture's area that is cropped away."""
+
+    bucket: Size
+    images: int
+    crop_loss: float

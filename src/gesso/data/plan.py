@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from gesso.core.batch import Geometry
 from gesso.core.random import SampleKey, generator, permutation
 from gesso.data import captions, settings
-from gesso.data.buckets import Fit, Fits, Size, fit_all, sizes_for, too_small
+from gesso.data.buckets import BucketRow, Fit, Fits, Size, fit_all, sizes_for, too_small
+from gesso.data.captions import Draws
 from gesso.data.places import Place
 from gesso.data.rows import Row, Rows
 from gesso.data.shares import Repeats, repeats_of
@@ -52,14 +53,6 @@ class Visit:
     def geometry(self) -> Geometry:
         """The SDXL size and crop conditioning."""
         return self.fit.geometry(self.row.width, self.row.height)
-
-
-class BucketRow(NamedTuple):
-    """One bucket for humans; `crop_loss` is the mean share of a picture's area that is cropped away."""
-
-    bucket: Size
-    images: int
-    crop_loss: float
 
 
 class _Epoch(NamedTuple):
@@ -167,10 +160,11 @@ class Plan:
         dropped = any(settings.words(source, self._data).dropout for source in self._sources)
         wordy, unrepeated = self._wordy(), 0
         found = {visit.caption for visit in self.validation} | ({""} if dropped else set())
-        found |= {text for text, row in self.texts().items() if (row.caption, row.source) not in wordy}
+        found |= {self._render(text, source, None) for text, source in set(self._pairs(self._train)) - wordy}
         for visit in self._visits(steps) if wordy else ():
+            varies = not self._data.variants and (visit.row.caption, visit.row.source) in wordy
+            unrepeated += varies and visit.caption not in found
             found.add(visit.caption)
-            unrepeated += not self._data.variants and (visit.row.caption, visit.row.source) in wordy
             self._refuse_more(unrepeated, steps, "captions", "captions.shuffle, tag_dropout, wildcards or lines")
         return sorted(found)
 
@@ -211,8 +205,9 @@ class Plan:
         most, seen, unrepeated = int(self._versions().sum()), set(), 0
         found: dict[tuple[str, str, Fit], Visit] = {}
         for visit in self._visits(steps):
-            found.setdefault((visit.row.image, visit.row.mask_hash, visit.fit), visit)
-            unrepeated += varies[visit.row.source]
+            key = (visit.row.image, visit.row.mask_hash, visit.fit)
+            unrepeated += varies[visit.row.source] and key not in found
+            found.setdefault(key, visit)
             self._refuse_more(unrepeated, steps, "images", "data.crop, rotation or colour")
             seen.add((visit.id, visit.fit))
             # Random crops can coincide, and then this is never reached, which only costs time.
@@ -324,9 +319,12 @@ class Plan:
 
         return Visit(row, id_, epoch, repeat, fit, self._caption(row, words))
 
-    def _caption(self, row: Row, draws: Callable[[str], np.random.Generator] | None) -> str:
-        source = self._sources[row.source]
-        return captions.render(row.caption, settings.words(source, self._data), trigger=source.trigger, draws=draws)
+    def _caption(self, row: Row, draws: Draws | None) -> str:
+        return self._render(row.caption, row.source, draws)
+
+    def _render(self, text: str, source: int, draws: Draws | None) -> str:
+        own = self._sources[source]
+        return captions.render(text, settings.words(own, self._data), trigger=own.trigger, draws=draws)
 
     def _random(self, source: Source) -> bool:
         """Whether the pictures of a source are seen in ever new versions."""

@@ -11,8 +11,9 @@ from gesso.config.forecast import Counted
 from gesso.config.run import RunConfig
 from gesso.core.random import permutation
 from gesso.data import tokens
+from gesso.data.buckets import BucketRow
 from gesso.data.index import build
-from gesso.data.plan import BucketRow, Plan, Visit
+from gesso.data.plan import Plan, Visit
 from gesso.data.sources import some
 from gesso.data.tokens import Counter
 

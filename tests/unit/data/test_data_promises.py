@@ -161,3 +161,18 @@ def test_what_stands_behind_a_url_is_asked_for_anew(tmp_path: Path) -> None:
         seen.append((row.image, row.caption))
     assert [caption for _, caption in seen] == ["red", "blue"]
     assert seen[0][0] != seen[1][0]
+
+
+def test_a_caption_that_varies_in_one_source_is_held_for_another_where_it_does_not() -> None:
+    rows = [row(i, caption="a, b, c", source=i % 2) for i in range(6)]
+    shuffled = Source(path="a", captions=Captions(shuffle=True))
+    for sources in ((shuffled, Source(path="b")), (Source(path="a"), shuffled.model_copy(update={"path": "b"}))):
+        p = plan_of(rows, *sources, variants=2)
+        steps = range(20 * p.steps_per_epoch)
+        assert {v.caption for step in steps for v in p.window(step)} <= set(p.captions(steps))
+
+
+def test_random_crops_of_pictures_without_anything_to_crop_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "MOST_UNREPEATED", 12)
+    p = plan_of([row(i) for i in range(10)], Source(path="a", crop="random"))
+    assert len(p.renditions(range(20 * p.steps_per_epoch))) == 10
