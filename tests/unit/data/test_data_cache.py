@@ -1,97 +1,31 @@
-"""The cache: never stale, never read when damaged, whole after a kill, and filled by any number of processes."""
+"""The cache of latents: never stale, never read when damaged, and the same bits as without it."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import random
 import shutil
-import signal
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import replace
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from cache_helpers import encoding, fill, fill_text, harm, latents, visit_of, visits_of
 from data_helpers import CPU, PoolingFamily, data_for, folder_of, solid
 from PIL import Image
 
 from gesso.core.events import Event, Progress, Warned
-from gesso.data import upkeep
-from gesso.data.buckets import Fit, assign
-from gesso.data.cache import LatentCache, LiveLatents, LiveText, TextCache, encoder_batch
+from gesso.data.buckets import Fit
+from gesso.data.cache import LiveLatents, LiveText, TextCache, encoder_batch
 from gesso.data.filling import Filled
-from gesso.data.images import content_hash, decode, fit
+from gesso.data.images import content_hash
 from gesso.data.index import build
 from gesso.data.places import Place
 from gesso.data.plan import Plan, Visit
-from gesso.data.rows import ALPHA, Row
+from gesso.data.rows import ALPHA
 from gesso.data.store import Store
 from gesso.errors import NumericError, UserError
-
-SQUARE = [(64, 64)]
-
-
-def ignore(_event: Event) -> None:
-    pass
-
-
-def visit_of(path: Path, caption: str = "", sizes: Sequence[tuple[int, int]] = SQUARE, **changes: Any) -> Visit:
-    """A visit of a picture file, fitted to the nearest of `sizes`."""
-    with Image.open(path) as image:
-        width, height = image.size
-    name = content_hash(path.read_bytes())
-    row = Row(id=name, image=name, place=Place(str(path)), width=width, height=height, caption=caption)
-    planned = assign(width, height, sizes=list(sizes), step=16)
-    return Visit(row=replace(row, **changes), id=name, epoch=0, repeat=0, fit=planned, caption=caption)
-
-
-def visits_of(folder: Path, count: int, sizes: Sequence[tuple[int, int]] = ((64, 64),)) -> list[Visit]:
-    folder_of(folder, count, tuple(sizes))
-    return [visit_of(path, sizes=sizes) for path in sorted(folder.glob("*.png"))]
-
-
-def latents(folder: Path, **changes: Any) -> LatentCache:
-    facts: dict[str, Any] = {"fingerprint": "vae", "dtype": torch.float32, "background": "white"}
-    return LatentCache(Store(folder), **(facts | changes))
-
-
-def fill(cache: LatentCache, visits: Sequence[Visit], family: PoolingFamily, **changes: Any) -> Filled:
-    options: dict[str, Any] = {"device": CPU, "emit": ignore}
-    return cache.fill(visits, family=family, parts=None, **(options | changes))  # type: ignore[arg-type]
-
-
-def fill_text(cache: TextCache, captions: Sequence[str], family: PoolingFamily, **changes: Any) -> Filled:
-    return cache.fill(captions, family=family, parts=None, **({"emit": ignore} | changes))  # type: ignore[arg-type]
-
-
-def encoding(visit: Visit) -> torch.Tensor:
-    """What the stand-in family makes of a visit's picture."""
-    pixels, _ = fit(decode(visit.row.place.path), visit.fit)
-    return PoolingFamily().encode_images(None, torch.from_numpy(pixels)[None])[0]
-
-
-def harm(store: Store, key: str, other: str, how: str) -> None:
-    path = store.path(key)
-    content = bytearray(path.read_bytes())
-    match how:
-        case "truncate":
-            path.write_bytes(content[:-5])
-        case "flip":
-            content[-3] ^= 1
-            path.write_bytes(content)
-        case "empty":
-            path.write_bytes(b"")
-        case "swap":
-            aside = path.with_suffix(".aside")
-            path.rename(aside)
-            store.path(other).rename(path)
-            aside.rename(store.path(other))
 
 
 class TestLatents:
@@ -386,69 +320,6 @@ class TestDamage:
         assert {store.glance(copied.key(visit)) for visit in visits} == {"good"}
 
 
-class TestText:
-    def test_entries_are_each_captions_own(self, tmp_path: Path) -> None:
-        cache = TextCache(Store(tmp_path), fingerprint="clip", dtype=torch.float32)
-        captions = ["a dog", "", "a café", "a dog"]
-        assert fill_text(cache, captions, PoolingFamily(), batch_size=2) == Filled(3, 0, 0)
-        for caption in captions:
-            expected = PoolingFamily().encode_text(None, [caption])
-            assert torch.equal(cache.read(caption)["embeddings"], expected["embeddings"][0])
-        assert fill_text(cache, captions, PoolingFamily()) == Filled(0, 3, 0)
-        other = TextCache(Store(tmp_path), fingerprint="clip, chunked", dtype=torch.float32)
-        with pytest.raises(UserError, match="caption 'a dog': its cache entry is missing"):
-            other.read("a dog")
-        assert cache.key("a dog") != TextCache(Store(tmp_path), fingerprint="clip", dtype=torch.bfloat16).key("a dog")
-
-    def test_bfloat16_comes_back_as_it_was(self, tmp_path: Path) -> None:
-        class Half(PoolingFamily):
-            def encode_text(self, parts: object, captions: list[str]) -> dict[str, torch.Tensor]:
-                text = super().encode_text(parts, captions)
-                return {"embeddings": (text["embeddings"] / 7).bfloat16(), "length": torch.tensor([len(captions[0])])}
-
-        cache = TextCache(Store(tmp_path), fingerprint="clip", dtype=torch.bfloat16)
-        fill_text(cache, ["a dog"], Half())
-        found, expected = cache.read("a dog"), Half().encode_text(None, ["a dog"])
-        assert found["embeddings"].dtype == torch.bfloat16
-        assert torch.equal(found["embeddings"], expected["embeddings"][0])
-        assert found["length"].shape == ()
-        assert int(found["length"]) == 5
-
-    def test_batches_where_there_is_a_gpu(self, tmp_path: Path) -> None:
-        class Counting(PoolingFamily):
-            calls: list[int] = []
-
-            def encode_text(self, parts: object, captions: list[str]) -> dict[str, torch.Tensor]:
-                self.calls.append(len(captions))
-                return super().encode_text(parts, captions)
-
-        captions, family = [f"caption {i}" for i in range(70)], Counting()
-        cache = TextCache(Store(tmp_path), fingerprint="clip", dtype=torch.float32)
-        fill_text(cache, captions, family, device=torch.device("cuda"))
-        assert family.calls == [32, 32, 6]
-        for caption in captions:
-            expected = PoolingFamily().encode_text(None, [caption])["embeddings"][0]
-            assert torch.equal(cache.read(caption)["embeddings"], expected)
-
-    def test_nan_names_the_caption_and_a_damaged_entry_is_made_again(self, tmp_path: Path) -> None:
-        class Broken(PoolingFamily):
-            def encode_text(self, _parts: object, captions: list[str]) -> dict[str, torch.Tensor]:
-                return {"x": torch.full((len(captions), 2), float("inf"))}
-
-        cache = TextCache(Store(tmp_path), fingerprint="clip", dtype=torch.float32)
-        with pytest.raises(NumericError, match="'a dog'"):
-            fill_text(cache, ["a dog"], Broken())
-        fill_text(cache, ["a dog", "a cat"], PoolingFamily())
-        harm(Store(tmp_path), cache.key("a dog"), cache.key("a cat"), "flip")
-        with pytest.raises(UserError, match="damaged"):
-            cache.read("a dog")
-        live = LiveText(family=PoolingFamily(), parts=None)  # type: ignore[arg-type]
-        mending = TextCache(Store(tmp_path), fingerprint="clip", dtype=torch.float32, rebuild=live.read)
-        assert torch.equal(mending.read("a dog")["pooled"], live.read("a dog")["pooled"])
-        harm(Store(tmp_path), cache.key("a dog"), cache.key("a cat"), "truncate")
-        assert fill_text(cache, ["a dog", "a cat"], PoolingFamily()) == Filled(1, 1, 1)
-
-
 def test_editing_one_of_a_thousand_encodes_exactly_one(tmp_path: Path) -> None:
     folder = tmp_path / "a"
     folder.mkdir()
@@ -476,145 +347,3 @@ def test_editing_one_of_a_thousand_encodes_exactly_one(tmp_path: Path) -> None:
     images, captions, _ = prepare()
     assert (images, captions) == (Filled(0, 1000, 0), Filled(1, 999, 0))
     assert "embeddings" in text.read("an edited caption")
-
-
-# Several processes.
-
-
-class Slow(PoolingFamily):
-    """As much work as lets another process get a turn."""
-
-    def encode_images(self, parts: object, pixels: torch.Tensor) -> torch.Tensor:
-        time.sleep(0.005)
-        return super().encode_images(parts, pixels)
-
-
-class Big(PoolingFamily):
-    """Entries of half a megabyte, so that writing them is much of the work."""
-
-    def encode_images(self, parts: object, pixels: torch.Tensor) -> torch.Tensor:
-        return super().encode_images(parts, pixels).repeat(1, 350, 1, 1)
-
-
-def _fill_in_a_process(visits: list[Visit], folder: Path, barrier: Any, results: Any) -> None:
-    torch.set_num_threads(1)
-    if barrier is None:
-        fill(latents(folder), visits, Big())
-    else:
-        barrier.wait(60)
-        results.put(tuple(fill(latents(folder), visits, Slow())))
-
-
-def _process(context: Any, *arguments: Any) -> ForkServerProcess:
-    process: ForkServerProcess = context.Process(target=_fill_in_a_process, args=arguments)
-    process.start()
-    return process
-
-
-@pytest.fixture
-def context() -> Any:
-    """Processes that begin at once, with torch imported."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "data_helpers", "gesso.data.cache", "gesso.data.plan"])
-    return context
-
-
-def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path: Path, context: Any) -> None:
-    visits = visits_of(tmp_path / "a", 40, ((64, 64), (96, 64)))
-    moments, seen = random.Random(4), set()
-    for attempt in range(10):
-        folder = tmp_path / f"c{attempt}"
-        process = _process(context, visits, folder, None, None)
-        enough = moments.randrange(1, 36)
-        while sum(1 for _ in folder.glob("*/*.gesso")) < enough:
-            assert process.is_alive(), f"ended with {process.exitcode}"
-            time.sleep(0.001)
-        time.sleep(moments.random() * 0.003)
-        os.kill(process.pid or 0, signal.SIGKILL)
-        process.join(60)
-        assert process.exitcode == -signal.SIGKILL
-        found = upkeep.verify(folder)
-        assert found.damaged == ()
-        assert enough <= found.good < 40
-        seen.add(found.good)
-        cache = latents(folder)
-        assert fill(cache, visits, Big()) == Filled(40 - found.good, found.good, 0)
-        for visit in visits:
-            assert torch.equal(cache.read(visit).moments, encoding(visit).repeat(350, 1, 1))
-        shutil.rmtree(folder)
-    assert len(seen) > 3, "all kills came at the same moment"
-
-
-def test_two_processes_share_the_work_of_one_folder(tmp_path: Path, context: Any) -> None:
-    visits, folder = visits_of(tmp_path / "a", 60, ((64, 64), (96, 64))), tmp_path / "c"
-    barrier, results = context.Barrier(2), context.Queue()
-    processes = [_process(context, visits, folder, barrier, results) for _ in range(2)]
-    filled = [Filled(*results.get(timeout=120)) for _ in processes]
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    assert all(one.encoded + one.reused == 60 for one in filled)
-    assert all(one.damaged == 0 for one in filled)
-    assert all(one.encoded > 10 for one in filled), "both worked"
-    assert 60 <= sum(one.encoded for one in filled) < 90
-    cache = latents(folder)
-    assert all(torch.equal(cache.read(visit).moments, encoding(visit)) for visit in visits)
-    assert fill(cache, visits, PoolingFamily()) == Filled(0, 60, 0)
-    assert not [p for p in folder.rglob(".*") if p.is_file()], "temporary files are left"
-
-
-class TestRanks:
-    def test_each_begins_with_its_own_share_and_misses_nothing(self, tmp_path: Path) -> None:
-        class Ordered(PoolingFamily):
-            def __init__(self) -> None:
-                super().__init__()
-                self.order: list[float] = []
-
-            def encode_images(self, parts: object, pixels: torch.Tensor) -> torch.Tensor:
-                self.order.append(round(float((pixels[0, 0, 0, 0] + 1) * 127.5)))
-                return super().encode_images(parts, pixels)
-
-        visits, family = visits_of(tmp_path / "a", 9), Ordered()
-        assert fill(latents(tmp_path / "c"), visits, family, rank=1, world_size=3) == Filled(9, 0, 0)
-        assert sorted(family.order[:3]) == [3, 4, 5]
-        assert sorted(family.order) == list(range(9))
-        assert fill(latents(tmp_path / "c"), visits, family, rank=0, world_size=3) == Filled(0, 9, 0)
-
-    def test_together_they_encode_everything_about_once(self, tmp_path: Path) -> None:
-        visits, cache = visits_of(tmp_path / "a", 60), latents(tmp_path / "c")
-        filled: dict[int, Filled] = {}
-
-        def work(rank: int) -> None:
-            filled[rank] = fill(cache, visits, Slow(), rank=rank, world_size=4)
-
-        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert all(filled[rank].encoded + filled[rank].reused == 60 for rank in range(4))
-        assert 60 <= sum(one.encoded for one in filled.values()) < 90
-        assert all(torch.equal(cache.read(visit).moments, encoding(visit)) for visit in visits)
-
-    def test_what_another_process_made_meanwhile_is_not_made_again(self, tmp_path: Path) -> None:
-        visits, folder = visits_of(tmp_path / "a", 12), tmp_path / "c"
-
-        class Overtaken(PoolingFamily):
-            def encode_images(self, parts: object, pixels: torch.Tensor) -> torch.Tensor:
-                if self.images == 3:
-                    fill(latents(folder), visits, PoolingFamily())
-                return super().encode_images(parts, pixels)
-
-        family = Overtaken()
-        assert fill(latents(folder), visits, family) == Filled(4, 8, 0)
-        assert family.images == 4
-
-    def test_it_looks_again_just_before_it_encodes(self, tmp_path: Path) -> None:
-        visits, folder, family = visits_of(tmp_path / "a", 12), tmp_path / "c", PoolingFamily()
-
-        def overtaken(event: Event) -> None:
-            if isinstance(event, Progress) and event.done == 4:
-                fill(latents(folder), visits, PoolingFamily())
-
-        assert fill(latents(folder), visits, family, emit=overtaken) == Filled(4, 8, 0)
-        assert family.images == 4

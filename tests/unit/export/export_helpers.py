@@ -1,4 +1,4 @@
-"""A micro SDXL, and a LoRA on it whose every matrix differs from 0, with alpha that is not the rank."""
+"""A micro SDXL, a LoRA on it whose every matrix differs from 0, with alpha that is not the rank, and its export."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 from gesso.adapters import LoRA
 from gesso.core.runtime import Runtime
 from gesso.core.seams import Attached, Parts
+from gesso.export import lora
+from gesso.export.lora import About, Verified
 from gesso.families.sdxl import SDXL
 from gesso.micro.models import build_sdxl
 
@@ -49,3 +51,33 @@ def train(base: Path) -> Callable[[LoRA], Trained]:
         return Trained(family, parts, attached)
 
     return make
+
+
+ABOUT = About(
+    title="aldar",
+    architecture="stable-diffusion-xl-v1-base",
+    base="stabilityai/stable-diffusion-xl-base-1.0",
+    resolution=(64, 96),
+    trigger="sks aldar",
+    date="2025-01-02T03:04:05",
+    tags={"photos": {"a hat": 2, "a robe": 1}},
+    training={"ss_steps": "500"},
+)
+ADAPTER = LoRA(rank=4, alpha=6, targets="all-linear", train_text_encoders=True)
+
+
+def export(
+    trained: Trained, path: Path, format: lora.Format, precision: str = "fp32", fold_alpha: bool = False
+) -> Verified:
+    return lora.export(
+        path,
+        trained.attached.state(),
+        trained.attached.metadata(),
+        format=format,
+        precision=precision,
+        about=ABOUT,
+        family=trained.family,
+        expected=lora.probe(trained.family, trained.parts),
+        runtime=CPU,
+        fold_alpha=fold_alpha,
+    )
