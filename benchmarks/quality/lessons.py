@@ -87,7 +87,10 @@ THRESHOLDS = (
     Threshold("identity_gain", least=0.2, of=(CHARACTER.name,), means="rise of the identity similarity to the twelve"),
     Threshold("validation_rise", least=1.2, of=("overdone",), means="last validation loss over the lowest"),
     Threshold(
-        "following_fall", least=0.15, of=("overdone",), means="by how much the share of prompts that are followed falls"
+        "following_fall",
+        least=0.15,
+        of=("overdone",),
+        means="by how much the share of other prompts that are followed falls",
     ),
 )
 
@@ -99,7 +102,6 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=resolve.cache_root() / "quality", help="where trainings are kept")
     parser.add_argument("--output", type=Path, default=HERE, help="where lessons.json and overtraining.png go")
     args = parser.parse_args()
-    began = time.monotonic()
     bench = Bench(args.base, args.work)
     with score.one_thread():
         figures = {lesson.name: bench.lesson(lesson) for lesson in LESSONS}
@@ -122,7 +124,6 @@ def main() -> int:
         "thresholds": [dataclasses.asdict(threshold) for threshold in THRESHOLDS],
         "figures": figures,
         "missed": missed,
-        "seconds": round(time.monotonic() - began),
     }
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "lessons.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -191,7 +192,7 @@ class Bench:
         losses = [validated[step] for step in sorted(validated)]
         return {
             "validation_rise": losses[-1] / min(losses),
-            "following_fall": followed[STEPS]["both"] - followed[OVERDONE * STEPS]["both"],
+            "following_fall": followed[STEPS]["ordinary"] - followed[OVERDONE * STEPS]["ordinary"],
             "training_seconds": seconds,
             "followed": followed,
             "validation_loss": [[step, round(validated[step], 5)] for step in sorted(validated)],
@@ -253,7 +254,6 @@ class Bench:
             "rate": share([facts.is_aldar for facts in him]),
             "aldar": share(placed),
             "ordinary": share(ordinary),
-            "both": (share(placed) + share(ordinary)) / 2,
         }
 
     def kept(self, name: str, text: str, make: Callable[[], Figures]) -> Figures:
