@@ -331,9 +331,10 @@ small { display: block; font-weight: 400; font-size: .85rem; line-height: 1.4; }
 .strip { display: flex; flex-wrap: wrap; gap: .4rem; }
 .strip img { width: calc((100% - 11 * .4rem) / 12); min-width: 3rem; height: auto; }
 img { border-radius: .4rem; vertical-align: top; }
+.grid img { width: 100%; height: auto; min-width: 8rem; }
 table { border-collapse: collapse; }
 .grid th { font-weight: 500; font-size: .9rem; line-height: 1.35; }
-.grid tbody th { text-align: left; width: 12rem; min-width: 9rem; padding-right: .75rem; }
+.grid tbody th { text-align: left; width: 9rem; min-width: 8rem; padding-right: .75rem; }
 .grid td, .grid thead th { padding: .25rem; }
 .figures { width: 100%; background: var(--card); border: 1px solid var(--line); border-radius: .6rem;
   border-collapse: separate; border-spacing: 0; }
