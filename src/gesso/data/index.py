@@ -233,10 +233,12 @@ _FACTS = ("id", "caption", "split", "weight", "repeats", "role", "concept", "mas
 
 
 def _fingerprint(rows: pa.Table) -> str:
+    columns = [pc.cast(rows.column(name), pa.string()) for name in _FACTS]
     found = hashlib.sha256()
-    for name in _FACTS:
-        found.update("\x1e".join(map(str, rows.column(name).to_pylist())).encode("utf-8", "surrogatepass"))
-        found.update(b"\x1d")
+    # In columns: a row at a time would take as long as all the rest of a scan that finds nothing new.
+    for chunk in pc.binary_join_element_wise(*columns, "\x1d", "\x1e").chunks:
+        ends = np.frombuffer(chunk.buffers()[1], np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+        found.update(memoryview(chunk.buffers()[2])[ends[0] : ends[-1]])
     return found.hexdigest()[:32]
 
 
