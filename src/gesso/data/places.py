@@ -253,9 +253,18 @@ def _read_packed(place: Place) -> bytes:
     return unpacked(place.url)[place.start : place.start + place.size]
 
 
+_open_files: list[IO[bytes]] = []
+
+
+def _kept_open(url: str) -> IO[bytes]:
+    """Opened until `forget`."""
+    _open_files.append(open_file(url))
+    return _open_files[-1]
+
+
 @functools.lru_cache(maxsize=16)
 def _archive(url: str, _version: tuple[int, ...]) -> zipfile.ZipFile:
-    return zipfile.ZipFile(open_file(url))
+    return zipfile.ZipFile(_kept_open(url))
 
 
 def _read_member(place: Place) -> bytes:
@@ -281,7 +290,7 @@ def cell_bytes(value: Any) -> bytes:
 def _parquet(url: str, _version: tuple[int, ...]) -> Any:
     import pyarrow.parquet as pq
 
-    return pq.ParquetFile(open_file(url))
+    return pq.ParquetFile(_kept_open(url))
 
 
 @functools.lru_cache(maxsize=4)
@@ -328,3 +337,6 @@ def forget() -> None:
     with _lock:
         for kept in (_unpacked, _archive, _parquet, _row_group, _group_ends):
             kept.cache_clear()
+        for file in _open_files:
+            file.close()
+        _open_files.clear()
