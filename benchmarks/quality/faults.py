@@ -73,7 +73,7 @@ ASKED = (
     ),
     Fault(
         "alpha ignored in checkpoints",
-        "adapters.py",
+        "adapters/lora.py",
         'del config["auto_mapping"]',
         'del config["auto_mapping"]\n            config["lora_alpha"] = config["r"]',
         (
@@ -193,7 +193,7 @@ MORE = (
     ),
     Fault(
         "LoRA scale applied twice",
-        "adapters.py",
+        "adapters/lora.py",
         'a, b, self.scaling["default"])',
         'a, b, self.scaling["default"] ** 2)',
         (f"{ORACLES}/test_oracle_lora.py::test_one_layer_equals_the_merged_weight",),
@@ -207,7 +207,7 @@ MORE = (
     ),
     Fault(
         "LoRA dropout on in evaluation",
-        "adapters.py",
+        "adapters/lora.py",
         "        network.train(training)  # peft's",
         "        # peft's",
         (f"{ORACLES}/test_oracle_lora.py::test_dropout_is_on_only_where_the_network_trains",),
@@ -314,7 +314,7 @@ MORE = (
     ),
     Fault(
         "a picture's mask ignored in the loss",
-        "objectives.py",
+        "objectives/denoise.py",
         "batch.mask)\n        return per_sample",
         "None)\n        return per_sample",
         ("tests/unit/test_masked_loss.py",),

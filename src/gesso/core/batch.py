@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from gesso.core.random import Draws
@@ -37,6 +38,9 @@ class Batch:
     geometry one `Geometry` per sample
     text     cached text embeddings, each [B, ...], or None where text encoders are live
     mask     [B, 1, h, w] float32 in [0, 1], where the loss counts, or None where it counts everywhere
+    rejected [B, C, h, w] float32, the picture of each pair that was not preferred, in the same crop; None without pairs
+    roles    "instance" or "prior" for each sample
+    counts   samples of each role in the whole optimiser step, over all its batches and processes
     """
 
     latents: torch.Tensor
@@ -49,6 +53,9 @@ class Batch:
     files: tuple[str, ...]
     draws: Draws
     mask: torch.Tensor | None = None
+    rejected: torch.Tensor | None = None
+    roles: tuple[str, ...] = ()
+    counts: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -60,4 +67,4 @@ class Batch:
         return replace(self, text=text, **moved)
 
 
-_TENSORS = ("latents", "noise", "u", "weights", "mask")
+_TENSORS = ("latents", "noise", "u", "weights", "mask", "rejected")

@@ -32,6 +32,17 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+def chosen_by_type(default: str) -> Callable[[Any], str]:
+    """A discriminator for a section with a `type`: the value's own, or `default` where a run file does not say."""
+
+    def kind(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return str(value.get("type", default))
+        return str(type(value).model_fields["type"].default) if isinstance(value, Spec) else default
+
+    return kind
+
+
 @dataclass(frozen=True)
 class Layout:
     """The files that trained tensors are kept in, as readers of such weights know them.

@@ -1,4 +1,4 @@
-"""What is trained. Each adapter is one class, LoRA's thin over peft; `AnyAdapter` is the registry."""
+"""LoRA, thin over peft."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Field
 
+from gesso.adapters.parts import copy_into, prefix, trained_networks
 from gesso.core.folder import WEIGHTS
 from gesso.core.random import generator
 from gesso.core.seams import Family, Layout, Parts, Spec
@@ -63,7 +64,7 @@ class LoRA(Spec):
         """
         targets = family.targets(self.targets) if isinstance(self.targets, str) else list(self.targets)
         _check_targets(parts.denoiser, targets)
-        networks = _networks(parts, family, text_encoders)
+        networks = trained_networks(parts, family, text_encoders)
         for name, network in networks.items():
             denoiser = network is parts.denoiser
             self._inject(network, targets if denoiser else list(_TEXT_TARGETS), f"{seed}/{name}")
@@ -137,151 +138,14 @@ class AttachedLoRA:
         """Copy `state` back in place; raises `UserError` when names or shapes do not fit this adapter."""
         own = {k: p for group in self.parameters().values() for k, p in group.items()}
         fix = "use the adapter settings (rank, targets, text encoders) that it was trained with"
-        _copy(state, own, what="the saved LoRA", fix=fix)
+        copy_into(state, own, what="the saved LoRA", fix=fix)
 
     def _named(self, name: str, network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        prefix = _prefix(name, network)
+        start = prefix(name, network)
         for path, layer in _lora_layers(network):
             a, b = _matrices(layer)
-            yield f"{prefix}{path}.lora_A.weight", a
-            yield f"{prefix}{path}.lora_B.weight", b
-
-
-FULL_IN_16_BITS = "full fine-tuning computes in the float32 of its weights; 16 bits come in a later version"
-
-
-class Full(Spec):
-    """Every weight of the denoiser, and of the text encoders by choice."""
-
-    type: Literal["full"] = "full"
-    train_text_encoders: bool = False
-    """Also train every weight of the text encoders; then text embeddings are not cached."""
-
-    def summary(self) -> dict[str, str]:
-        """What a model card says of it."""
-        return {"layers": "all, every weight"}
-
-    def attach(
-        self, parts: Parts, family: Family, *, seed: int, text_encoders: Sequence[int] = (), reference: bool = False
-    ) -> AttachedFull:
-        """Unfreeze the denoiser and the text encoders with the given indices; nothing is drawn, so `seed` is unused.
-
-        With `reference`, a copy of their weights is kept in main memory. Raises `UserError` for weights that are not
-        float32: updates of less than 1/256 of a weight would be lost in 16 bits.
-        """
-        import torch
-
-        del seed
-        networks = _networks(parts, family, text_encoders)
-        for network in networks.values():
-            if network.dtype != torch.float32:
-                raise UserError(FULL_IN_16_BITS, where="training.precision", fix="write fp32, or train a LoRA")
-            network.requires_grad_(True)
-        return AttachedFull(networks, keep=reference)
-
-
-class AttachedFull:
-    """Whole networks in training: a denoiser, and perhaps text encoders."""
-
-    def __init__(self, networks: Mapping[str, Any], *, keep: bool = False) -> None:
-        self._networks = dict(networks)
-        self._before = {k: v.to("cpu", copy=True) for k, v in self.state().items()} if keep else None
-
-    def parameters(self) -> dict[str, dict[str, nn.Parameter]]:
-        """All weights by network, under the names that `state` uses."""
-        from torch import nn
-
-        return {
-            part: {name: tensor for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
-            for part, tensors in self._tensors().items()
-        }
-
-    @contextmanager
-    def reference(self) -> Iterator[None]:
-        """Inside, the networks hold the weights that they had before training; restored also after an error."""
-        if self._before is None:
-            raise RuntimeError("there is no reference: attach with reference=True")
-        trained = {name: tensor.clone() for name, tensor in self.state().items()}
-        self.restore(self._before)
-        try:
-            yield
-        finally:
-            self.restore(trained)
-
-    def state(self) -> dict[str, Tensor]:
-        """Every tensor of the networks, buffers included, as `<part>.<key>`."""
-        return {k: t.detach() for tensors in self._tensors().values() for k, t in tensors.items()}
-
-    def layout(self) -> Layout:
-        """A folder a network, each of which `from_pretrained` reads."""
-        headers: dict[str, dict[str, str]] = {}
-        texts: dict[str, str] = {}
-        denoiser = next(iter(self._networks))
-        for part, network in self._networks.items():
-            stem = "diffusion_pytorch_model" if part == denoiser else "model"
-            headers[f"{part}/{stem}.safetensors"] = {"format": "pt"}
-            texts[f"{part}/config.json"] = _config(network if part == denoiser else network.config)
-        return Layout(headers, texts)
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Copy `state` back in place; raises `UserError` when names or shapes are not those of these networks."""
-        fix = "use the base model and the text encoders that it was trained with"
-        _copy(state, self.state(), what="the saved model", fix=fix)
-
-    def _tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Parameters and saved buffers by part and name; a tensor that has two names goes by its first."""
-        found: dict[str, dict[str, Tensor]] = {}
-        for part, network in self._networks.items():
-            first = {id(t): key for key, t in reversed(network.state_dict(keep_vars=True).items())}
-            own = network.state_dict(keep_vars=True)
-            found[part] = {f"{_prefix(part, network)}{k}": t for k, t in own.items() if first[id(t)] == k}
-        return found
-
-
-def _kind(value: Any) -> str:
-    """Which adapter a section of a run file means; LoRA where it does not say."""
-    if isinstance(value, Mapping):
-        return str(value.get("type", "lora"))
-    return "full" if isinstance(value, Full) else "lora"
-
-
-AnyAdapter = Annotated[Annotated[LoRA, Tag("lora")] | Annotated[Full, Tag("full")], Discriminator(_kind)]
-
-
-def _networks(parts: Parts, family: Family, text_encoders: Sequence[int]) -> dict[str, Any]:
-    """The networks that train by name, the denoiser first."""
-    denoiser, *encoders = family.part_names
-    return {denoiser: parts.denoiser} | {encoders[i]: parts.text_encoders[i] for i in text_encoders}
-
-
-def _prefix(part: str, network: nn.Module) -> str:
-    """What names of a part's tensors begin with before their path in the network."""
-    # transformers 5.6 dropped `text_model` from the first encoder's paths; files keep the older, common name.
-    return f"{part}." if part == "unet" or _has_text_model(network) else f"{part}.text_model."
-
-
-def _copy(state: Mapping[str, Tensor], own: Mapping[str, Tensor], *, what: str, fix: str) -> None:
-    """Copy saved tensors in place; raises `UserError` when a name or a shape does not fit."""
-    import torch
-
-    wrong = [k for k in own if k not in state or state[k].shape != own[k].shape]
-    surplus = [k for k in state if k not in own]
-    if wrong or surplus:
-        raise UserError(
-            f"{what} does not fit this run: {len(wrong)} tensors missing or of another shape, "
-            f"{len(surplus)} surplus (first: {(wrong + surplus)[0]})",
-            fix=fix,
-        )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
-
-
-def _config(source: Any) -> str:
-    """A network's config.json without the place that it was loaded from."""
-    content = json.loads(source.to_json_string())
-    content.pop("_name_or_path", None)
-    return json.dumps(content, indent=2, sort_keys=True) + "\n"
+            yield f"{start}{path}.lora_A.weight", a
+            yield f"{start}{path}.lora_B.weight", b
 
 
 @cache
@@ -314,10 +178,6 @@ def _lora_layers(network: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _matrices(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
     return layer.lora_A["default"].weight, layer.lora_B["default"].weight
-
-
-def _has_text_model(network: nn.Module) -> bool:
-    return any(name == "text_model" for name, _ in network.named_children())
 
 
 def _whole(alpha: float) -> float | int:

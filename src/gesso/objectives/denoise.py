@@ -1,4 +1,4 @@
-"""What is minimised. Each objective is one class; `AnyObjective` is the registry that the run file chooses from."""
+"""The standard diffusion loss."""
 
 from __future__ import annotations
 
@@ -86,6 +86,3 @@ def _normal(batch: Batch, domain: str, shape: tuple[int, ...]) -> Tensor:
     import torch
 
     return torch.from_numpy(batch.draws.normal(domain, shape)).to(batch.noise.device)
-
-
-AnyObjective = Denoise

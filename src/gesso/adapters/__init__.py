@@ -1,0 +1,18 @@
+"""What is trained. Each adapter is one class; `AnyAdapter` is the registry that the run file chooses from."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Discriminator, Tag
+
+from gesso.adapters.full import FULL_IN_16_BITS, AttachedFull, Full
+from gesso.adapters.lora import AttachedLoRA, LoRA
+from gesso.core.seams import chosen_by_type
+
+AnyAdapter = Annotated[
+    Annotated[LoRA, Tag("lora")] | Annotated[Full, Tag("full")],
+    Discriminator(chosen_by_type("lora")),
+]
+
+__all__ = ["FULL_IN_16_BITS", "AnyAdapter", "AttachedFull", "AttachedLoRA", "Full", "LoRA"]
