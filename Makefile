@@ -10,7 +10,7 @@ demo: install
 	$(BIN)/gesso demo
 
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 quality: install
 	$(BIN)/python benchmarks/quality/lessons.py
