@@ -19,6 +19,7 @@ from gesso.config.forecast import GIB, Counted, Forecast, Machine, forecast, ful
 from gesso.config.run import RunConfig
 from gesso.core import resolve
 from gesso.errors import Problems, UserError
+from gesso.objectives import Denoise
 
 __all__ = ["Advice", "Counted", "Finding", "Forecast", "Machine", "check"]
 
@@ -284,7 +285,7 @@ def _prompts(run: RunConfig) -> Iterator[Finding]:
 
 
 def _settings(run: RunConfig) -> Iterator[Finding]:
-    gamma = run.objective.min_snr_gamma
+    gamma = run.objective.min_snr_gamma if isinstance(run.objective, Denoise) else None
     if gamma is not None and gamma > 100:
         yield _warning("objective.min_snr_gamma", f"{gamma:g} clips nothing worth clipping", "5 is usual")
     if run.data.captions.dropout > 0.5:

@@ -216,8 +216,22 @@ class Policy(Protocol):
 class Objective(Protocol):
     """What is minimised."""
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What its samples must have beside a picture and a caption: "pair", "prior", or nothing."""
+        ...
+
+    @property
+    def reference(self) -> bool:
+        """Whether `Policy.reference` is asked for."""
+        ...
+
     def loss(self, policy: Policy, batch: Batch) -> Tensor:
         """Weighted loss of each sample, [B] float32; the loop divides by the step's sample count."""
+        ...
+
+    def measure(self, policy: Policy, batch: Batch) -> dict[str, Tensor]:
+        """What validation reports of each sample, [B] each: "loss", and more where there is more to say."""
         ...
 
 

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Discriminator, Tag
+
+from gesso.core.seams import chosen_by_type
 from gesso.objectives.denoise import Denoise
+from gesso.objectives.dpo import DPO
 
-AnyObjective = Denoise
+AnyObjective = Annotated[
+    Annotated[Denoise, Tag("denoise")] | Annotated[DPO, Tag("dpo")],
+    Discriminator(chosen_by_type("denoise")),
+]
 
-__all__ = ["AnyObjective", "Denoise"]
+__all__ = ["DPO", "AnyObjective", "Denoise"]

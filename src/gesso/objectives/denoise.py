@@ -42,6 +42,20 @@ class Denoise(Spec):
             raise ValueError("timestep_low must be below timestep_high")
         return self
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """Nothing beside captioned pictures."""
+        return frozenset()
+
+    @property
+    def reference(self) -> bool:
+        """The model before training takes no part."""
+        return False
+
+    def measure(self, policy: Policy, batch: Batch) -> dict[str, Tensor]:
+        """The loss."""
+        return {"loss": self.loss(policy, batch)}
+
     def loss(self, policy: Policy, batch: Batch) -> Tensor:
         """Weighted mean loss of each sample over its latent, [B] float32."""
         t = policy.noise.sample_t(batch.u, low=self.timestep_low, high=self.timestep_high)

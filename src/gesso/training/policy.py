@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -40,9 +40,11 @@ class LivePolicy:
         assert self.parts.denoiser is not None
         return self.family.predict(self.parts.denoiser, noisy, t, cond)
 
-    def reference(self) -> AbstractContextManager[None]:
-        """Inside, predictions are those of the model before training."""
-        return self.adapter.reference()
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, predictions are those of the model before training, dropout off."""
+        with self.evaluating(), self.adapter.reference():
+            yield
 
     def train(self) -> None:
         """Turn dropout on."""

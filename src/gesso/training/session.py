@@ -34,7 +34,9 @@ class Session:
         rates = text_encoder_rates(run)
         parts.denoiser = run.model.load({"denoiser"}, dtype=runtime.dtype, device=runtime.device).denoiser
         memory.prepare(parts, run.training)
-        adapter = run.adapter.attach(parts, run.model, seed=run.seed, text_encoders=tuple(rates))
+        adapter = run.adapter.attach(
+            parts, run.model, seed=run.seed, text_encoders=tuple(rates), reference=run.objective.reference
+        )
         denoiser, *encoders = run.model.part_names
         rate_of = {denoiser: run.training.learning_rate} | {encoders[i]: rate for i, rate in rates.items()}
         groups = [
