@@ -65,7 +65,7 @@ def train(run: RunConfig, *, resume: str | None = None, accept: Collection[str] 
                 _check_identity(start, identity, accept, tell)
             _record(run, folder, identity)
             with out_of_memory_explained():
-                session = Session.build(run, data.parts, runtime)
+                session = Session.build(run, data.parts, runtime, fresh=start is None)
                 if start is not None:
                     session.restore(start)
                 last = _learn(run, session, data, store, identity, runtime, stopping, tell)

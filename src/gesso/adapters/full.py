@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from gesso.adapters.parts import config_json, copy_into, prefix, trained_networks
+from gesso.adapters.parts import Plain, config_json, copy_into, prefix, trained_networks
 from gesso.core.seams import Family, Layout, Parts, Spec
 from gesso.errors import UserError
 
@@ -46,7 +46,7 @@ class Full(Spec):
         return AttachedFull(networks, keep=reference)
 
 
-class AttachedFull:
+class AttachedFull(Plain):
     """Whole networks in training: a denoiser, and perhaps text encoders."""
 
     def __init__(self, networks: Mapping[str, Any], *, keep: bool = False) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from gesso.adapters.parts import copy_into, prefix, trained_networks
+from gesso.adapters.parts import Plain, copy_into, prefix, trained_networks
 from gesso.core.folder import WEIGHTS
 from gesso.core.random import generator
 from gesso.core.seams import Family, Layout, Parts, Spec
@@ -95,7 +95,7 @@ class LoRA(Spec):
             b.data = torch.zeros_like(b, dtype=torch.float32)
 
 
-class AttachedLoRA:
+class AttachedLoRA(Plain):
     """LoRA layers in place on a denoiser and perhaps on text encoders."""
 
     def __init__(self, networks: Mapping[str, Any]) -> None:

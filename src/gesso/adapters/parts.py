@@ -6,11 +6,30 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gesso.core.changes import Change
 from gesso.core.seams import Family, Parts
 from gesso.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+
+class Plain:
+    """What most adapters answer: nothing to read at the start, one learning rate, nothing after a step, no changes."""
+
+    def begin(self) -> None:
+        """Nothing is read."""
+
+    def rate_factor(self, name: str) -> float:  # noqa: ARG002
+        """1 for every parameter."""
+        return 1.0
+
+    def after_step(self) -> None:
+        """Nothing is done."""
+
+    def changes(self) -> Mapping[str, Change]:
+        """None: the weights themselves train."""
+        return {}
 
 
 def trained_networks(parts: Parts, family: Family, text_encoders: Sequence[int]) -> dict[str, Any]:

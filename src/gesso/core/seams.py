@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pydantic import BaseModel, ConfigDict
 
 from gesso.core.batch import Batch, Geometry
+from gesso.core.changes import Change
 from gesso.core.events import Event
 
 if TYPE_CHECKING:
@@ -197,6 +198,22 @@ class Attached(Protocol):
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Put back what `state` gave; a missing or surplus tensor is a `UserError`."""
+        ...
+
+    def begin(self) -> None:
+        """Put in place what a new training starts from, where that is read from files; not called on resuming."""
+        ...
+
+    def rate_factor(self, name: str) -> float:
+        """What the part's learning rate is multiplied by for a parameter, by its name in `parameters`."""
+        ...
+
+    def after_step(self) -> None:
+        """Called after each optimiser step, before the weights are averaged."""
+        ...
+
+    def changes(self) -> Mapping[str, Change]:
+        """What it does to each layer's weight, by the layer's name in adapter files; none if weights train as such."""
         ...
 
 

@@ -203,6 +203,7 @@ class _Learning:
             optimizer=optim.build(training.optimizer, [group]),
             average=Average(training.ema, [group]),
             scaler=runtime.scaler(),
+            after_step=lambda: None,
         )
         return cls(name, network, learner)
 

@@ -38,6 +38,8 @@ class Learner:
     optimizer: torch.optim.Optimizer
     average: Average | None
     scaler: torch.amp.GradScaler
+    after_step: Callable[[], None]
+    """Called after each optimiser step, such as to keep the weights within bounds."""
     step: int = 0
     """Finished optimiser steps."""
 
@@ -92,6 +94,7 @@ def fit(
         optim.set_rates(learner.optimizer, learner.groups, factor)
         learner.scaler.step(learner.optimizer)
         learner.scaler.update()
+        learner.after_step()
         learner.step += 1
         if learner.average is not None:
             learner.average.update(learner.step)

@@ -7,6 +7,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from gesso.config.run import RunConfig
 from gesso.core.runtime import Runtime
 from gesso.core.seams import Attached, Parts
@@ -29,25 +31,31 @@ class Session:
     learner: Learner
 
     @classmethod
-    def build(cls, run: RunConfig, parts: Parts, runtime: Runtime) -> Session:
-        """Load the denoiser into `parts`, attach the adapter and make the optimiser."""
+    def build(cls, run: RunConfig, parts: Parts, runtime: Runtime, *, fresh: bool = True) -> Session:
+        """Load the denoiser into `parts`, attach the adapter and make the optimiser.
+
+        With `fresh` the adapter reads what it starts from; without, `restore` comes next.
+        """
         rates = text_encoder_rates(run)
         parts.denoiser = run.model.load({"denoiser"}, dtype=runtime.dtype, device=runtime.device).denoiser
         memory.prepare(parts, run.training)
         adapter = run.adapter.attach(
             parts, run.model, seed=run.seed, text_encoders=tuple(rates), reference=run.objective.reference
         )
+        if fresh:
+            adapter.begin()
         denoiser, *encoders = run.model.part_names
         rate_of = {denoiser: run.training.learning_rate} | {encoders[i]: rate for i, rate in rates.items()}
         groups = [
-            optim.flat_group(run.training.optimizer, part, parameters, learning_rate=rate_of[part])
-            for part, parameters in adapter.parameters().items()
+            optim.flat_group(run.training.optimizer, name, parameters, learning_rate=rate_of[part] * factor)
+            for name, part, factor, parameters in _by_rate(adapter)
         ]
         learner = Learner(
             groups=groups,
             optimizer=optim.build(run.training.optimizer, groups),
             average=Average(run.training.ema, groups) if run.training.ema.enabled else None,
             scaler=runtime.scaler(),
+            after_step=adapter.after_step,
         )
         return cls(run, parts, adapter, LivePolicy(run.model, parts, adapter), learner)
 
@@ -91,6 +99,16 @@ class Session:
         averaged = average.in_place() if average and self.run.training.ema.use_for_samples else nullcontext()
         with averaged, self.policy.evaluating():
             yield
+
+
+def _by_rate(adapter: Attached) -> Iterator[tuple[str, str, float, dict[str, nn.Parameter]]]:
+    """Parameters of one learning rate together: the group's name, its part, the rate's factor, and the parameters."""
+    for part, parameters in adapter.parameters().items():
+        shared: dict[float, dict[str, nn.Parameter]] = {}
+        for name, parameter in parameters.items():
+            shared.setdefault(adapter.rate_factor(name), {})[name] = parameter
+        for factor, group in sorted(shared.items(), key=lambda item: item[0] != 1):  # reports show the first one's rate
+            yield part if factor == 1 else f"{part} x {factor!r}", part, factor, group
 
 
 def text_encoder_rates(run: RunConfig) -> dict[int, float]:
