@@ -62,6 +62,16 @@ class Source(Spec):
     is there."""
     caption_column: str | None = None
     """Column with the caption. Empty: text, prompt, caption and so on, whichever is there."""
+    pairs: Literal["auto", "chosen", "none"] = "auto"
+    """Pictures of which one was preferred to the other, for preference training. auto: where a table has columns chosen
+    and rejected, or jpg_0, jpg_1 and label_0, or where all lies in two folders named so. chosen: of such pairs the
+    preferred picture alone, as a plain one. none: these names mean nothing."""
+    rejected_column: str | None = None
+    """Column with the picture of a pair that was not preferred; the preferred one is in `image_column`. Empty:
+    rejected, loser or jpg_1, if chosen, winner or jpg_0 is there."""
+    label_column: str | None = None
+    """Column that says which picture of a pair is preferred: 1 that of `image_column`, 0 that of `rejected_column`;
+    with 0.5 the pair is left out. Empty: label_0, where the pictures are in jpg_0 and jpg_1."""
     caption_extension: str | None = None
     """Ending of caption files beside the images. Empty: .txt, .caption or .json, whichever is there."""
     concept: str | None = None
@@ -91,6 +101,12 @@ class Source(Spec):
     mask: Literal["none", "alpha", "file"] = "none"
     """Where the loss counts: everywhere, where the image is not transparent, or where NAME-masklabel.png beside the
     image is white."""
+
+    @model_validator(mode="after")
+    def _paired(self) -> Source:
+        if self.pairs == "none" and (self.rejected_column is not None or self.label_column is not None):
+            raise ValueError("pairs is none, so rejected_column and label_column have no effect: take them out")
+        return self
 
     @field_validator("trigger")
     @classmethod

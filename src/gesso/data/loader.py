@@ -13,6 +13,7 @@ import torch
 
 from gesso.core.batch import Batch
 from gesso.core.random import Draws, SampleKey
+from gesso.data.pairs import sides
 from gesso.errors import ResourceError
 
 if TYPE_CHECKING:
@@ -110,24 +111,28 @@ class Loader:
         weights: torch.Tensor,
     ) -> Batch:
         draws = Draws(self._plan.seed, epoch, samples)
-        encoded = [self._latents.read(v) for v in visits]
-        moments = torch.stack([one.moments for one in encoded])
+        encoded = [[self._latents.read(side) for side in sides(v)] for v in visits]
+        moments = torch.stack([one.moments for one, *_ in encoded])
         shape = (moments.shape[1] // 2, *moments.shape[2:])
+        # One draw for both pictures of a pair, so that they differ in nothing but what they show.
+        posterior = torch.from_numpy(draws.normal("vae posterior", shape))
+        rivals = [one.moments for _, *others in encoded for one in others]
         captions = tuple(v.caption for v in visits)
         text = None
         if self._text is not None:
             entries = [self._text.read(caption) for caption in captions]
             text = {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
         return Batch(
-            latents=self._family.latents(moments, torch.from_numpy(draws.normal("vae posterior", shape))),
+            latents=self._family.latents(moments, posterior),
             noise=torch.from_numpy(draws.normal("noise", shape)),
             u=torch.from_numpy(draws.uniform("timestep")).float() if u is None else u,
             weights=weights,
             geometry=tuple(v.geometry for v in visits),
             captions=captions,
             text=text,
-            mask=_masks([one.mask for one in encoded], moments),
-            files=tuple(str(v.row.place) for v in visits),
+            mask=_masks([one.mask for one, *_ in encoded], moments),
+            rejected=self._family.latents(torch.stack(rivals), posterior) if rivals else None,
+            files=tuple(" and ".join(str(side.row.place) for side in sides(v)) for v in visits),
             draws=draws,
         )
 

@@ -8,6 +8,7 @@ bytes each beside their table.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,6 +21,7 @@ from gesso.core.random import SampleKey, generator, permutation
 from gesso.data import captions, settings
 from gesso.data.buckets import BucketRow, Fit, Fits, Size, fit_all, sizes_for, too_small
 from gesso.data.captions import Draws
+from gesso.data.pairs import sides
 from gesso.data.places import Place
 from gesso.data.rows import Row, Rows
 from gesso.data.shares import Repeats, repeats_of
@@ -205,16 +207,17 @@ class Plan:
         most, seen, unrepeated = int(self._versions().sum()), set(), 0
         found: dict[tuple[str, str, Fit], Visit] = {}
         for visit in self._visits(steps):
-            key = (visit.row.image, visit.row.mask_hash, visit.fit)
-            unrepeated += varies[visit.row.source] and key not in found
-            found.setdefault(key, visit)
+            for side in sides(visit):
+                key = (side.row.image, side.row.mask_hash, side.fit)
+                unrepeated += varies[side.row.source] and key not in found
+                found.setdefault(key, side)
             self._refuse_more(unrepeated, steps, "images", "data.crop, rotation or colour")
             seen.add((visit.id, visit.fit))
             # Random crops can coincide, and then this is never reached, which only costs time.
             if not any(varies) and len(seen) == most:
                 break
-        for visit in self.validation:
-            found.setdefault((visit.row.image, visit.row.mask_hash, visit.fit), visit)
+        for side in itertools.chain.from_iterable(map(sides, self.validation)):
+            found.setdefault((side.row.image, side.row.mask_hash, side.fit), side)
         return list(found.values())
 
     def refuse_unrepeated(self, steps: range, *, captions: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -39,6 +39,8 @@ SCHEMA = pa.schema(
         ("source", pa.int32()),
         ("mask", PLACE),
         ("mask_hash", _WORD),
+        ("rejected", PLACE),
+        ("rejected_hash", pa.string()),
     ]
 )
 
@@ -65,6 +67,17 @@ class Row:
     mask: Place | None = None
     mask_hash: str = ""
     """Content of the mask file, `ALPHA`, or empty where the whole picture counts."""
+    rejected: Place | None = None
+    """Of a pair the picture that was not preferred; the other fields are of the preferred one."""
+    rejected_hash: str = ""
+    """Its content."""
+
+    @property
+    def other(self) -> Row | None:
+        """The rejected picture as a row of its own, under the same id and told of the same size; None without pairs."""
+        if self.rejected is None:
+            return None
+        return replace(self, image=self.rejected_hash, place=self.rejected, rejected=None, rejected_hash="")
 
 
 class Rows(Sequence[Row]):
@@ -96,7 +109,8 @@ class Rows(Sequence[Row]):
             raise IndexError(index)
         values = {name: self.table.column(name)[index].as_py() for name in _NAMES}
         values["place"] = Place(**values["place"])
-        values["mask"] = None if values["mask"] is None else Place(**values["mask"])
+        for name in ("mask", "rejected"):
+            values[name] = None if values[name] is None else Place(**values[name])
         return Row(**values)
 
     def __eq__(self, other: object) -> bool:

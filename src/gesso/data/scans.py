@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from gesso.data.sources import Record, collect, listing_stamp
 from gesso.data.threads import ahead
 from gesso.errors import ResourceError, UserError
 
-_VERSION = 4
+_VERSION = 5
 _DIGEST = 16
 """Bytes of the checksum in front of what is remembered."""
 SCHEMA = pa.schema(
@@ -44,6 +44,10 @@ SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("notes", pa.list_(pa.string())),
         ("stamp", pa.string()),
+        ("rejected", PLACE),
+        ("rejected_hash", pa.string()),
+        ("rejected_width", pa.int32()),
+        ("rejected_height", pa.int32()),
     ]
 )
 
@@ -61,7 +65,7 @@ class Scan:
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """What a full decode of one picture and its mask told; with an empty stamp it is not remembered."""
+    """What a full decode of one picture, its mask and its rival told; with an empty stamp it is not remembered."""
 
     image: str
     mask_hash: str
@@ -69,6 +73,9 @@ class _Look:
     height: int
     notes: tuple[str, ...]
     stamp: str
+    rejected_hash: str = ""
+    rejected_width: int = 0
+    rejected_height: int = 0
 
 
 def scan(
@@ -96,16 +103,16 @@ def scan(
 
 
 def _row(record: Record, look: _Look) -> dict[str, Any]:
-    mask = None if record.mask is None else asdict(record.mask)
-    own = {"place": asdict(record.place), "mask": mask, "caption": record.caption, "concept": record.concept}
-    return own | {"repeats": record.repeats} | asdict(look)
+    places = {"place": record.place, "mask": record.mask, "rejected": record.rejected}
+    own = {name: None if place is None else asdict(place) for name, place in places.items()}
+    return own | {"caption": record.caption, "concept": record.concept, "repeats": record.repeats} | asdict(look)
 
 
 def _look_all(
     records: Sequence[Record],
     source: Source,
     background: str,
-    known: dict[str, _Look],
+    known: dict[_Files, _Look],
     progress: Callable[[int, int], None] | None,
 ) -> list[_Look | UserError]:
     stamps = functools.cache(stamp_of)  # an archive is asked once, not for each member
@@ -114,10 +121,11 @@ def _look_all(
         try:
             container = Place(record.place.url, record.place.kind)
             stamp = stamps(container) if record.place.kind != "file" else stamp_of(record.place)
-            if record.mask is not None and stamp:
-                own = stamp_of(record.mask)
-                stamp = f"{stamp} {own}" if own else ""
-            before = known.get(str(record.place))
+            for beside in (record.mask, record.rejected):
+                if beside is not None and stamp:
+                    own = stamp_of(beside) if beside.kind == "file" else stamps(Place(beside.url, beside.kind))
+                    stamp = f"{stamp} {own}" if own else ""
+            before = known.get((record.place, record.rejected))
             if before is not None and stamp and before.stamp == stamp and source.mask == _mask_kind(before):
                 return before
             return _decode(record, source, background, stamp)
@@ -154,15 +162,33 @@ def _decode(record: Record, source: Source, background: str, stamp: str) -> _Loo
         mask = record.mask.read()
         decode_mask(mask, place=record.mask, size=image.size)
         mask_hash = content_hash(mask)
-    return _Look(content_hash(data), mask_hash, image.width, image.height, notes, stamp)
+    look = _Look(content_hash(data), mask_hash, image.width, image.height, notes, stamp)
+    return look if record.rejected is None else _with_rejected(look, record.rejected, background)
 
 
-def _by_place(table: pa.Table | None) -> dict[str, _Look]:
+def _with_rejected(look: _Look, place: Place, background: str) -> _Look:
+    data = place.read()
+    try:
+        image, notes, _ = decode_bytes(data, path=place, background=background)
+    except UserError as error:
+        # A row of a table has two pictures.
+        where = f"{error.where} ({place.part})" if place.is_row else error.where
+        raise UserError(error.what, where=where, fix=error.fix) from error
+    size = {"rejected_width": image.width, "rejected_height": image.height}
+    return replace(look, notes=tuple({*look.notes, *notes}), rejected_hash=content_hash(data), **size)
+
+
+_Files = tuple[Place, Place | None]
+"""A picture and the one it was preferred to."""
+
+
+def _by_place(table: pa.Table | None) -> dict[_Files, _Look]:
     if table is None:
         return {}
     names = [field.name for field in fields(_Look)]
     columns = [table.column(name).to_pylist() for name in names]
-    places = [str(Place(**place)) for place in table.column("place").to_pylist()]
+    ours, rivals = (table.column(name).to_pylist() for name in ("place", "rejected"))
+    places = [(Place(**a), None if b is None else Place(**b)) for a, b in zip(ours, rivals, strict=True)]
     looks = (_Look(**{**dict(zip(names, row, strict=True))}) for row in zip(*columns, strict=True))
     return dict(zip(places, looks, strict=True))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from gesso.config.run import Source
 from gesso.data import places
 from gesso.data.places import is_url
-from gesso.data.sources import archive, folder, hub, nothing, parquet, table, webdataset
+from gesso.data.sources import archive, folder, hub, nothing, pairs, parquet, table, webdataset
 from gesso.data.sources.found import Entry, Found, Record, some
 from gesso.data.sources.local import local_tree, stamp_of_files, stamp_of_folder
 from gesso.data.sources.policy import MAX_CAPTION, records_of, with_masks
@@ -43,6 +43,7 @@ def collect(source: Source, *, index: int = 0) -> Found:
     except UserError as error:
         found.problems.append(error)
         return found
+    entries = pairs.settle(source, entries, found)
     if not entries and not found.problems:
         found.problems.append(UserError("no picture is left", where=source.path, fix="see the notices"))
     notice_hidden(source.path, found)
@@ -204,6 +205,9 @@ def _tree(tree: Tree, source: Source, found: Found) -> list[Entry]:
         raise nothing.no_pictures(source, tree, kinds, layout)
     if layout == "kohya":
         return folder.kohya_entries(source, tree, kinds, found)
+    two = pairs.folders(kinds) if source.pairs != "none" else None
+    if two is not None:
+        return pairs.folder_entries(source, tree, kinds, two, found)
     folder.notice_repeat_folders(source, kinds, found)
     return folder.entries(source, tree, kinds, found)
 
@@ -236,15 +240,15 @@ _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 def _tables(source: Source, tree: Tree, files: Sequence[str], kinds: Kinds, found: Found) -> list[Entry]:
     """The pictures that tables list; where tables are only in sub-folders, those outside them with their side files."""
     entries: list[Entry] = []
+    listed: set[str] = set()
     for file in files:
         try:
-            entries += table.entries(source, tree, file, found)
+            entries += table.entries(source, tree, file, found, listed)
         except UserError as error:
             found.problems.append(error)
     folders = tuple(f"{file.rpartition('/')[0]}/" for file in files if "/" in file)
     if len(files) > 1 or (source.metadata is None and folders):
         found.notices.append(f"{tree.root}: captions come from {some(files)}")
-    listed = {entry.name for entry in entries}
     left = [(stem, name) for stem, name in kinds.pictures if name not in listed]
     masks = {stem: tree.place(name) for stem, name in kinds.masks.items()}
     if source.metadata is None and folders and len(folders) == len(files):

@@ -20,6 +20,8 @@ class Record(NamedTuple):
     concept: str = ""
     repeats: float = 1.0
     mask: Place | None = None
+    rejected: Place | None = None
+    """Of a pair the picture that was not preferred."""
 
 
 class Entry(NamedTuple):
@@ -38,6 +40,15 @@ class Entry(NamedTuple):
     repeats: float = 1.0
     beside: str = ""
     """Where there is no caption: a file of the picture's name whose ending is not read."""
+    rejected: Place | None = None
+    """Of a pair the picture that was not preferred."""
+
+
+class Dropped(NamedTuple):
+    """A pair of pictures that cannot be trained on: the reason, and which pair it is."""
+
+    why: str
+    where: str
 
 
 @dataclass
@@ -51,6 +62,7 @@ class Found:
     """Pictures that are hidden, or in hidden folders, so not read."""
     refused: set[str] = field(default_factory=set)
     """Files and folders, as they are shown, of which a problem says already why they are not read."""
+    dropped: list[Dropped] = field(default_factory=list)
 
     def refuse(self, shown: str, what: str, *, fix: str) -> None:
         """A file or folder that is not read, and why."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import os
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from gesso.config.run import Source
 from gesso.data.places import Place, cell_bytes
+from gesso.data.sources import pairs
 from gesso.data.sources.folder import caption_text
 from gesso.data.sources.found import Entry, Found, counted, listed
-from gesso.data.sources.parquet import choose_picture
+from gesso.data.sources.parquet import choose_picture, pair_columns
 from gesso.data.sources.table import choose_caption
 from gesso.errors import UserError
 
@@ -41,6 +43,9 @@ def entries(target: str, source: Source, found: Found) -> list[Entry]:
     url = f"{target}#{source.split}"
     dataset = open_dataset(url)
     where = f"{target} ({source.split})"
+    pair = pair_columns(dataset.features.arrow_schema, source, where)
+    if pair is not None:
+        return _pairs(dataset, pair, url, source, found)
     image = choose_picture(dataset.features.arrow_schema, source, where)
     caption = choose_caption(dataset.column_names, source, where)
     captions = [None] * len(dataset) if caption is None else _plain(dataset, caption)
@@ -57,16 +62,43 @@ def entries(target: str, source: Source, found: Found) -> list[Entry]:
             continue
         made.append(Entry(place.name, place, own, str(place), concept=""))
     if bare:
-        names = [f"row {row + 1}{f' (only the path {path!r})' if path else ''}" for row, path in bare.items()]
-        have = "has" if len(bare) == 1 else "have"
-        found.problems.append(
-            UserError(
-                f"{counted(len(bare), 'row')} of {len(dataset)} {have} no picture in '{image}': {listed(names)}",
-                where=where,
-                fix="put the pictures' bytes into the data set; paths out of it are not followed",
-            )
-        )
+        found.problems.append(_no_pictures(bare, len(dataset), image, where))
     return made
+
+
+def _pairs(dataset: datasets.Dataset, pair: pairs.Columns, url: str, source: Source, found: Found) -> list[Entry]:
+    """The pairs of a data set. A row without one of its pictures is left out; one with a path alone is a problem."""
+    where = f"{url.rpartition('#')[0]} ({source.split})"
+    caption = choose_caption(dataset.column_names, source, where)
+    captions = [None] * len(dataset) if caption is None else _plain(dataset, caption)
+    labels = [None] * len(dataset) if pair.label is None else _plain(dataset, pair.label, named=False)
+    bare = {column: _bare(dataset, column, url) for column in pair[:2]}
+    paths = {column: {row: path for row, path in rows.items() if path} for column, rows in bare.items()}
+    found.problems += [_no_pictures(rows, len(dataset), column, where) for column, rows in paths.items() if rows]
+    made: list[Entry] = []
+    for row, (text, label) in enumerate(zip(captions, labels, strict=True)):
+        if any(row in rows for rows in paths.values()):
+            continue
+        first, second = (None if row in bare[column] else Place(url, "dataset", column, row) for column in pair[:2])
+        place = str(Place(url, "dataset", pair.first, row))
+        try:
+            two = pairs.decided(first, second, label, pair, place, found)
+            if two is not None:
+                own = caption_text(text, place)
+                made.append(Entry(two[0].name, two[0], own, place, concept="", rejected=two[1]))
+        except UserError as error:
+            found.problems.append(error)
+    return made
+
+
+def _no_pictures(bare: Mapping[int, str], total: int, image: str, where: str) -> UserError:
+    names = [f"row {row + 1}{f' (only the path {path!r})' if path else ''}" for row, path in bare.items()]
+    have = "has" if len(bare) == 1 else "have"
+    return UserError(
+        f"{counted(len(bare), 'row')} of {total} {have} no picture in '{image}': {listed(names)}",
+        where=where,
+        fix="put the pictures' bytes into the data set; paths out of it are not followed",
+    )
 
 
 @functools.lru_cache(maxsize=4)
@@ -135,12 +167,13 @@ def _undecoded(dataset: datasets.Dataset, column: str) -> Any:
     return only.cast_column(column, datasets.Image(decode=False)) if is_image else only
 
 
-def _plain(dataset: datasets.Dataset, column: str) -> list[Any]:
+def _plain(dataset: datasets.Dataset, column: str, *, named: bool = True) -> list[Any]:
+    """A column's values; those of a class label by their names."""
     import datasets
 
     feature = dataset.features[column]
     values = list(dataset.select_columns([column])[:][column])
-    if isinstance(feature, datasets.ClassLabel):
+    if named and isinstance(feature, datasets.ClassLabel):
         return [None if value is None else feature.int2str(value) for value in values]
     return values
 

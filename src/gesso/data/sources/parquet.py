@@ -7,6 +7,7 @@ from typing import Any
 
 from gesso.config.run import Source
 from gesso.data.places import Place, edge, open_file
+from gesso.data.sources import pairs
 from gesso.data.sources.folder import caption_text
 from gesso.data.sources.found import Entry, Found, counted, listed
 from gesso.data.sources.table import IMAGE_COLUMNS, choose_caption
@@ -45,10 +46,12 @@ def _open(url: str) -> Any:
 def _rows(url: str, source: Source, found: Found) -> Iterator[Entry]:
     file = _open(url)
     schema = file.schema_arrow
+    pair = pair_columns(schema, source, url)
+    if pair is not None:
+        yield from _pairs(file, pair, source, url, found)
+        return
     image, caption = choose_picture(schema, source, url), choose_caption(schema.names, source, url)
-    if caption is not None and not _is_text(schema.field(caption).type):
-        what = f"the caption column '{caption}' holds {schema.field(caption).type}, not text"
-        raise UserError(what, where=url, fix="name another with caption_column")
+    _require_text(schema, caption, url)
     number, bare = 0, []
     for group in range(file.num_row_groups):
         count = file.metadata.row_group(group).num_rows
@@ -59,19 +62,66 @@ def _rows(url: str, source: Source, found: Found) -> Iterator[Entry]:
         for offset, text in enumerate(captions):
             number += 1
             if offset in empty:
-                bare.append(f"row {number}{empty[offset]}")
+                bare.append(_bare_row(number, empty[offset]))
                 continue
             place = Place(url, "parquet", image, number - 1)
             yield Entry(place.name, place, caption_text(text, str(place)), str(place), concept="")
     if bare:
-        have = "has" if len(bare) == 1 else "have"
-        found.problems.append(
-            UserError(
-                f"{counted(len(bare), 'row')} of {number} {have} no picture in '{image}': {listed(bare)}",
-                where=url,
-                fix="put the pictures' bytes into the table; paths in it are not followed",
+        found.problems.append(_no_pictures(bare, number, image, url))
+
+
+def _pairs(file: Any, pair: pairs.Columns, source: Source, url: str, found: Found) -> Iterator[Entry]:
+    """The pairs of a table. A row without one of its pictures is left out; one with a path alone is a problem."""
+    schema = file.schema_arrow
+    caption = choose_caption(schema.names, source, url)
+    _require_text(schema, caption, url)
+    number = 0
+    bare: dict[str, list[str]] = {}
+    plain = [column for column in (caption, pair.label) if column is not None]
+    for group in range(file.num_row_groups):
+        cells = file.read_row_group(group, columns=plain)
+        empty = {column: _empty_cells(file, group, column) for column in pair[:2]}
+        for offset in range(file.metadata.row_group(group).num_rows):
+            number += 1
+            where = f"{url} row {number}"
+            paths = {column: rows[offset] for column, rows in empty.items() if rows.get(offset)}
+            for column, path in paths.items():
+                bare.setdefault(column, []).append(_bare_row(number, path))
+            if paths:
+                continue
+            first, second = (
+                None if offset in empty[column] else Place(url, "parquet", column, number - 1) for column in pair[:2]
             )
-        )
+            label = None if pair.label is None else cells.column(pair.label)[offset].as_py()
+            two = pairs.decided(first, second, label, pair, where, found)
+            if two is not None:
+                text = None if caption is None else caption_text(cells.column(caption)[offset].as_py(), where)
+                yield Entry(two[0].name, two[0], text, where, concept="", rejected=two[1])
+    found.problems += [_no_pictures(rows, number, column, url) for column, rows in bare.items()]
+
+
+def pair_columns(schema: Any, source: Source, where: str) -> pairs.Columns | None:
+    """The columns of pairs of pictures in an Arrow schema; None where it has none."""
+    return pairs.columns(schema.names, [field.name for field in schema if _is_image(field.type)], source, where)
+
+
+def _require_text(schema: Any, caption: str | None, where: str) -> None:
+    if caption is not None and not _is_text(schema.field(caption).type):
+        what = f"the caption column '{caption}' holds {schema.field(caption).type}, not text"
+        raise UserError(what, where=where, fix="name another with caption_column")
+
+
+def _bare_row(number: int, path: str) -> str:
+    return f"row {number}{f' (only the path {path!r})' if path else ''}"
+
+
+def _no_pictures(bare: Sequence[str], total: int, image: str, url: str) -> UserError:
+    have = "has" if len(bare) == 1 else "have"
+    return UserError(
+        f"{counted(len(bare), 'row')} of {total} {have} no picture in '{image}': {listed(bare)}",
+        where=url,
+        fix="put the pictures' bytes into the table; paths in it are not followed",
+    )
 
 
 def choose_picture(schema: Any, source: Source, where: str) -> str:
@@ -120,7 +170,7 @@ def _is_text(kind: Any) -> bool:
 
 
 def _empty_cells(file: Any, group: int, image: str) -> dict[int, str]:
-    """The rows of a group without bytes, each with what it has instead."""
+    """The rows of a group without bytes, each with the path that it has instead, or an empty one."""
     facts = file.metadata.row_group(group)
     leaves = [facts.column(i) for i in range(facts.num_columns)]
     counts = [
@@ -136,5 +186,5 @@ def _empty_cells(file: Any, group: int, image: str) -> dict[int, str]:
         value = cell.as_py()
         if (value.get("bytes") if isinstance(value, dict) else value) is None:
             path = value.get("path") if isinstance(value, dict) else None
-            empty[offset] = f" (only the path '{path}')" if path else ""
+            empty[offset] = path or ""
     return empty

@@ -39,7 +39,8 @@ def records_of(source: Source, index: int, entries: Sequence[Entry], found: Foun
         elif len(caption) > MAX_CAPTION or _CONTROL.search(caption):
             found.problems.append(_bad_caption(caption, entry.where))
             continue
-        made.append(Record(entry.place, caption, index, concept, source.repeats * entry.repeats, entry.mask))
+        repeats = source.repeats * entry.repeats
+        made.append(Record(entry.place, caption, index, concept, repeats, entry.mask, entry.rejected))
     if missing:
         _say_missing(source, index, missing, nameless, len(entries), found)
     return made

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from gesso.config.run import Source
-from gesso.data.places import edge, open_file
+from gesso.data.places import Place, edge, open_file
+from gesso.data.sources import pairs
 from gesso.data.sources.folder import caption_text
 from gesso.data.sources.found import Entry, Found, counted, some
 from gesso.data.sources.tree import MASK, TABLE_ENDINGS, Kinds, Tree
@@ -76,15 +77,25 @@ def _named(metadata: str, tree: Tree, kinds: Kinds) -> str:
     return name
 
 
-def entries(source: Source, tree: Tree, file: str, found: Found) -> list[Entry]:
-    """The pictures that a table lists; each row that cannot be used is a problem with its line."""
+def entries(source: Source, tree: Tree, file: str, found: Found, listed: set[str]) -> list[Entry]:
+    """The pictures that a table lists, or its pairs; each row that cannot be used is a problem with its line.
+
+    The names of all pictures that it names go to `listed`.
+    """
     table = read_table(tree, file, found)
-    image, caption = choose_columns(table, source)
-    locate = _Locator(tree, file, found)
+    locate = _Locator(tree, file, found, listed)
+    pair = pairs.columns(table.columns, table.columns, source, table.where)
+    if pair is not None:
+        caption = choose_caption(table.columns, source, table.where)
+    else:
+        image, caption = choose_columns(table, source)
     made = []
     for where, row in table.rows:
         try:
-            entry = _entry(row, image, caption, where, tree, locate)
+            if pair is not None:
+                entry = _pair(row, pair, caption, where, tree, locate, found)
+            else:
+                entry = _entry(row, image, caption, where, tree, locate)
         except UserError as error:
             found.problems.append(error)
             continue
@@ -146,8 +157,8 @@ def _jsonl(text: str, shown: str, found: Found) -> Table:
         raise UserError("the metadata file has no rows", where=shown, fix='add lines like {"file_name": "a.png"}')
     if not rows:
         raise UserError("no line of the metadata file can be used", where=shown, fix="mend the lines named above")
-    where, first = rows[0]
-    return Table(tuple(first), where, rows)
+    columns = dict.fromkeys(key for _, row in rows for key in row)
+    return Table(tuple(columns), rows[0][0], rows)
 
 
 def _object(line: str, where: str) -> dict[str, Any]:
@@ -219,34 +230,74 @@ def _entry(
     row: dict[str, Any], image: str, caption: str | None, where: str, tree: Tree, locate: Callable[[str, str], str]
 ) -> Entry | None:
     for column in (image, caption):
-        if column is not None and column not in row:
-            there = ", ".join(row) or "none"
-            raise UserError(f"no column '{column}'; this row has: {there}", where=where, fix="add it")
-    name = row[image]
+        _require(row, column, where)
+    text = None if caption is None else caption_text(row[caption], where)
+    found = _picture(row[image], where, locate)
+    return Entry(found, tree.place(found), text, where) if found else None
+
+
+def _pair(
+    row: dict[str, Any],
+    pair: pairs.Columns,
+    caption: str | None,
+    where: str,
+    tree: Tree,
+    locate: Callable[[str, str], str],
+    found: Found,
+) -> Entry | None:
+    _require(row, caption, where)
+    text = None if caption is None else caption_text(row[caption], where)
+    names: dict[Place, str] = {}
+    sides: list[Place | None] = []
+    for column in (pair.first, pair.second):
+        name = row.get(column)
+        if name is None or name == "":
+            sides.append(None)
+            continue
+        path = _picture(name, where, locate)
+        if not path:
+            return None
+        sides.append(tree.place(path))
+        names[tree.place(path)] = path
+    label = None if pair.label is None else row.get(pair.label)
+    two = pairs.decided(sides[0], sides[1], label, pair, where, found)
+    return None if two is None else Entry(names[two[0]], two[0], text, where, rejected=two[1])
+
+
+def _require(row: dict[str, Any], column: str | None, where: str) -> None:
+    if column is not None and column not in row:
+        there = ", ".join(row) or "none"
+        raise UserError(f"no column '{column}'; this row has: {there}", where=where, fix="add it")
+
+
+def _picture(name: Any, where: str, locate: Callable[[str, str], str]) -> str:
+    """The file that a cell names; empty where a problem says already why it is not read."""
     if not isinstance(name, str) or not name.strip():
         raise UserError(f"the image path is not text: {name!r}", where=where, fix="write the picture's path")
-    text = None if caption is None else caption_text(row[caption], where)
     found = locate(name, where)
-    if not found:
-        return None
     if found.rpartition(".")[0].lower().endswith(MASK):
         raise UserError(f"'{name}' is a mask, not a picture", where=where, fix="list the picture that it masks")
-    return Entry(found, tree.place(found), text, where)
+    return found
 
 
 class _Locator:
     """Finds the file that a row names: relative to the table, to `images/` beside it, or to the source's root.
 
-    Empty for one that is a problem already, so that the row is none.
+    Empty for one that is a problem already, so that the row is none. What was found goes to `listed`.
     """
 
-    def __init__(self, tree: Tree, file: str, found: Found) -> None:
+    def __init__(self, tree: Tree, file: str, found: Found, listed: set[str]) -> None:
         base = file.rpartition("/")[0]
         folders = [base, f"{base}/images" if base else "images", ""]
-        self._tree, self._found, self._folders = tree, found, list(dict.fromkeys(folders))
+        self._tree, self._found, self._folders, self._listed = tree, found, list(dict.fromkeys(folders)), listed
         self._guesses = _GUESSES  # each costs a look at a thousand names
 
     def __call__(self, name: str, where: str) -> str:
+        path = self._locate(name, where)
+        self._listed.add(path)
+        return path
+
+    def _locate(self, name: str, where: str) -> str:
         if "\x00" in name or _ABSOLUTE.match(name):
             raise UserError(f"'{name}' is not a path relative to the folder", where=where, fix="write a relative path")
         names = [name, name.replace("\\", "/")] if "\\" in name else [name]
