@@ -13,6 +13,7 @@ from gesso.core.folder import RunFolder
 from gesso.core.runtime import Runtime
 from gesso.core.seams import Emit, Parts
 from gesso.data import index as dataset
+from gesso.data import pairs
 from gesso.data.cache import LatentCache, LiveLatents, LiveText, TextCache
 from gesso.data.loader import HeldOut, Loader
 from gesso.data.plan import Plan
@@ -41,6 +42,7 @@ def prepare(run: RunConfig, folder: RunFolder, runtime: Runtime, tell: Emit) -> 
     """Index the pictures, plan every step, encode what is not cached yet, and let go of the encoders."""
     family = run.model
     index = dataset.build(run.data, progress=lambda done, all_: tell(Progress(0, "reading images", done, all_)))
+    pairs.require(run, index.rows)
     batch_size, accumulation = run.training.batch_size, run.training.accumulation
     plan = Plan(
         index.rows,

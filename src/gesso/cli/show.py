@@ -67,6 +67,8 @@ def images(seen: Preflight | None) -> None:
     """The buckets and concepts of a run's images, and what is worth knowing about them."""
     if seen is None:
         return
+    if seen.pairs:
+        typer.echo(f"pairs       {seen.pairs} of a preferred picture and another; buckets and sizes are of the first")
     typer.echo("bucket        images  cropped away")
     for (width, height), count, loss in seen.buckets:
         typer.echo(f"{f'{width} x {height}':13} {count:6} {loss:8.1%}")
@@ -90,7 +92,8 @@ def samples(seen: Preflight | None) -> None:
         drawn = f", turned {fit.angle:.1f} degrees" if fit.angle else ""
         drawn += ", mirrored" if fit.flip else ""
         width, height = fit.bucket
-        typer.echo(f"{visit.row.place}: {width} x {height} from ({left}, {top}){drawn}")
+        rival = f" rather than {visit.row.rejected}" if visit.row.rejected is not None else ""
+        typer.echo(f"{visit.row.place}{rival}: {width} x {height} from ({left}, {top}){drawn}")
         typer.echo(f"  {visit.caption!r}")
         typer.echo(f"  {count} tokens" + (f": {' '.join(map(str, tokens[i]))}" if tokens else ""))
 
@@ -102,6 +105,7 @@ def images_json(seen: Preflight | None) -> dict[str, Any] | None:
     return {
         "buckets": [row._asdict() for row in seen.buckets],
         "concepts": [{"name": n, "images": count, "samples": samples} for n, count, samples in seen.concepts],
+        "pairs": seen.pairs,
         "notices": list(seen.notices),
         "samples": [
             {"image": str(v.row.place), "caption": v.caption, "tokens": n, **dict(zip(_FIT, v.fit.facts, strict=True))}

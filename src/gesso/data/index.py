@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 
 from gesso.config.run import Captions, Data, Source
 from gesso.core import resolve
-from gesso.data import captions, settings
+from gesso.data import captions, pairs, settings
 from gesso.data.images import background_colour
 from gesso.data.places import Place
 from gesso.data.rows import SCHEMA, Row, Rows, Split
 from gesso.data.scans import Scan, scan
 from gesso.data.sources import forget, some
+from gesso.data.sources.found import Dropped
+from gesso.data.sources.pairs import tell_dropped
 from gesso.errors import Problems, UserError
 
 __all__ = ["Index", "Row", "Rows", "Split", "build", "cache_folder", "held_folder", "held_out"]
@@ -82,7 +84,8 @@ def build(data: Data, *, progress: Callable[[int, int], None] | None = None) -> 
     if problems:
         raise Problems(problems)
     tables = [_columns(source, i, one) for i, (source, one) in enumerate(zip(sources, scans, strict=True))]
-    rows = _split(pa.concat_tables(tables), data.validation.fraction, held=len(data.sources))
+    kept = _usable_pairs(tables, scans, data, notices)
+    rows = _split(pa.concat_tables(kept), data.validation.fraction, held=len(data.sources))
     if not pc.any(pc.equal(pc.cast(rows.column("split"), pa.string()), "train")).as_py():
         raise UserError("no picture is left to train on", where="data.sources", fix="mend the pictures named above")
     rows = _distinct_ids(rows)
@@ -123,13 +126,50 @@ def _columns(source: Source, index: int, one: Scan) -> pa.Table:
     """A source's pictures as rows, all of them to train on."""
     table, count = one.table, one.table.num_rows
     fixed: dict[str, Any] = {"split": "train", "weight": source.weight, "role": source.role, "source": index}
-    columns = {"id": table.column("image")}
+    columns = {"id": _ids(table)}
     for field in SCHEMA:
         if field.name in fixed:
             columns[field.name] = pa.array([fixed[field.name]], _plain(field.type)).take(pa.array(np.zeros(count, int)))
         elif field.name != "id":
             columns[field.name] = table.column(field.name)
     return pa.table({field.name: columns[field.name].cast(_plain(field.type)) for field in SCHEMA})
+
+
+def _ids(table: pa.Table) -> pa.Array:
+    """The picture's content; of a pair that of both, whichever was preferred, so that either order draws the same."""
+    if not Rows(table).pairs.any():
+        return table.column("image")
+    images, rivals = (table.column(name).to_pylist() for name in ("image", "rejected_hash"))
+    both = zip(images, rivals, strict=True)
+    return pa.array([_digest("pair", *sorted(pair)) if pair[1] else pair[0] for pair in both], pa.string())
+
+
+def _usable_pairs(tables: Sequence[pa.Table], scans: Sequence[Scan], data: Data, notices: list[str]) -> list[pa.Table]:
+    """The rows without the pairs that teach nothing, which are told in `notices`."""
+    listed: list[pairs.Facts] = []
+    places: list[tuple[int, int]] = []
+    for i, one in enumerate(scans):
+        held = i == len(data.sources)
+        columns = (one.table.column(name).to_pylist() for name in _PAIR)
+        for j, (caption, chosen, rejected, *sides) in enumerate(zip(*columns, strict=True)):
+            if rejected:
+                sizes = (sides[0], sides[1]), (sides[2], sides[3])
+                listed.append(pairs.Facts(held, caption, chosen, rejected, *sizes))
+                places.append((i, j))
+    dropped = pairs.unusable(listed, upscale=data.buckets.upscale)
+    kept = []
+    for i, table in enumerate(tables):
+        own = {places[k][1]: why for k, why in dropped.items() if places[k][0] == i}
+        stays = np.ones(table.num_rows, bool)
+        stays[list(own)] = False
+        kept.append(table.filter(pa.array(stays)) if own else table)
+        where = [Dropped(why, str(Place(**table.column("place")[j].as_py()))) for j, why in own.items()]
+        source = data.sources[i].path if i < len(data.sources) else str(data.validation.path)
+        tell_dropped(source, where, sum(a == i for a, _ in places), notices)
+    return kept
+
+
+_PAIR = ("caption", "image", "rejected_hash", "width", "height", "rejected_width", "rejected_height")
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
@@ -146,7 +186,9 @@ def held_out(images: Iterable[str], fraction: float, *, where: str = "data.valid
     order = sorted(places, key=places.__getitem__)
     if len(order) == 1:
         raise UserError(
-            "one picture cannot be both trained on and held out", where=where, fix="add pictures, or set it to 0"
+            "one picture, or pairs that share theirs, cannot be both trained on and held out",
+            where=where,
+            fix="add pictures, or set it to 0",
         )
     chosen = {image for image in order if places[image] < fraction} or set(order[:1])
     return chosen - set(order[-1:]) if len(chosen) == len(order) else chosen
@@ -156,9 +198,11 @@ def _split(rows: pa.Table, fraction: float, *, held: int) -> pa.Table:
     """Say of each row whether it is held out; those of source `held` are the validation folder's."""
     is_held = rows.column("source").to_numpy() == held
     if fraction and rows.num_rows:
-        images = np.array(rows.column("image").to_pylist(), object)
-        chosen = held_out(images[~is_held], fraction)
-        is_held |= np.fromiter((image in chosen for image in images), bool, len(images))
+        # Pairs that share a picture stay together, so that none is both trained on and held out.
+        both = zip(*(rows.column(name).to_pylist() for name in ("image", "rejected_hash")), strict=True)
+        groups = np.array(pairs.connected(list(both)), object)
+        chosen = held_out(groups[~is_held], fraction)
+        is_held |= np.fromiter((group in chosen for group in groups), bool, len(groups))
     words = pa.DictionaryArray.from_arrays(is_held.astype(np.int32), ["train", "validation"])
     return _replaced(rows, "split", words).cast(SCHEMA)
 
@@ -169,13 +213,13 @@ def _replaced(rows: pa.Table, name: str, column: pa.Array) -> pa.Table:
 
 def _distinct_ids(rows: pa.Table) -> pa.Table:
     """Give rows that share their content ids of their own, by caption; the first keeps the plain id. Sorted by id."""
-    ids: NDArray[Any] = np.array(rows.column("image").to_pylist(), object)
+    ids: NDArray[Any] = np.array(rows.column("id").to_pylist(), object)
     groups = _same(rows)
     for members in groups:
         seen: Counter[str] = Counter()
         for i in _ordered(rows, members):
             suffix = f"-{_digest(rows.column('caption')[i].as_py())[:8]}" if seen[ids[i]] else ""
-            seen[str(rows.column("image")[i].as_py())] += 1
+            seen[ids[i]] += 1
             name = ids[i] + suffix
             if suffix:
                 seen[name] += 1
@@ -195,8 +239,9 @@ def _ordered(rows: pa.Table, members: Sequence[int]) -> list[int]:
 
 
 def _same(rows: pa.Table) -> list[list[int]]:
-    """The positions of rows that share their content, group by group."""
-    codes = rows.column("image").combine_chunks().dictionary_encode()
+    """The positions of rows that share their content, of pairs that of both pictures; group by group."""
+    ids = _ids(rows)
+    codes = (ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids).dictionary_encode()
     codes = codes.combine_chunks() if isinstance(codes, pa.ChunkedArray) else codes
     numbers = codes.indices.to_numpy()
     counts = np.bincount(numbers)
@@ -233,7 +278,9 @@ _FACTS = ("id", "caption", "split", "weight", "repeats", "role", "concept", "mas
 
 
 def _fingerprint(rows: pa.Table) -> str:
-    columns = [pc.cast(rows.column(name), pa.string()) for name in _FACTS]
+    # Which picture of a pair won is in none of the others.
+    names = (*_FACTS, "image", "rejected_hash") if Rows(rows).pairs.any() else _FACTS
+    columns = [pc.cast(rows.column(name), pa.string()) for name in names]
     found = hashlib.sha256()
     # In columns: a row at a time would take as long as all the rest of a scan that finds nothing new.
     for chunk in pc.binary_join_element_wise(*columns, "\x1d", "\x1e").chunks:

@@ -67,6 +67,26 @@ def same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
     return by_width < wide or by_height < high
 
 
+def connected(both: Sequence[tuple[str, str]]) -> list[str]:
+    """The group of each pair (chosen, rejected): pairs that share a picture, be it through others, are in one.
+
+    A single picture has an empty second. A group is named by the least hash in it.
+    """
+    if not any(rejected for _, rejected in both):
+        return [picture for picture, _ in both]
+    parents: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while (parent := parents.setdefault(name, name)) != name:
+            parents[name] = name = parents[parent]
+        return name
+
+    for chosen, rejected in both:
+        one, other = root(chosen), root(rejected or chosen)
+        parents[max(one, other)] = min(one, other)
+    return [root(chosen) for chosen, _ in both]
+
+
 def sides(visit: Visit) -> tuple[Visit, ...]:
     """The looks at pictures that a visit is made of: one, or two of a pair, the preferred picture first."""
     other = visit.row.other

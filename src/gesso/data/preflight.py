@@ -10,7 +10,7 @@ import numpy as np
 from gesso.config.forecast import Counted
 from gesso.config.run import RunConfig
 from gesso.core.random import permutation
-from gesso.data import tokens
+from gesso.data import pairs, tokens
 from gesso.data.buckets import BucketRow
 from gesso.data.index import build
 from gesso.data.plan import Plan, Visit
@@ -32,6 +32,8 @@ class Preflight:
     """Some of the first epoch's samples, picked at random, as the model will see them."""
     counter: Counter
     """Counts the tokens of captions as this run's model does."""
+    pairs: int = 0
+    """How many of the images are pairs, a preferred one and its rival."""
 
 
 def preflight(
@@ -42,6 +44,7 @@ def preflight(
     `multiple` is what the family needs of every side, `samples` how many samples to show.
     """
     index = build(run.data, progress=progress)
+    pairs.require(run, index.rows)
     training = run.training
     plan = Plan(
         index.rows,
@@ -66,6 +69,7 @@ def preflight(
         (*index.notices, *plan.notices, *_overlong(plan, counter, most)),
         tuple(_some(plan, samples, run.seed)),
         counter,
+        int(index.rows.pairs.sum()),
     )
 
 

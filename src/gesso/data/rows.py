@@ -134,6 +134,12 @@ class Rows(Sequence[Row]):
             return np.zeros(0, np.int32), []
         return column.indices.to_numpy(zero_copy_only=False).astype(np.int32), column.dictionary.to_pylist()
 
+    @property
+    def pairs(self) -> NDArray[np.bool_]:
+        """Which rows are pairs of pictures."""
+        found: NDArray[np.bool_] = pc.not_equal(self.table.column("rejected_hash"), "").to_numpy()
+        return found
+
     def where(self, **words: str) -> Rows:
         """The rows whose columns hold these words."""
         table = self.table

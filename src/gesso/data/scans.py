@@ -174,8 +174,13 @@ def _with_rejected(look: _Look, place: Place, background: str) -> _Look:
         # A row of a table has two pictures.
         where = f"{error.where} ({place.part})" if place.is_row else error.where
         raise UserError(error.what, where=where, fix=error.fix) from error
-    size = {"rejected_width": image.width, "rejected_height": image.height}
-    return replace(look, notes=tuple({*look.notes, *notes}), rejected_hash=content_hash(data), **size)
+    return replace(
+        look,
+        notes=tuple(dict.fromkeys([*look.notes, *notes])),
+        rejected_hash=content_hash(data),
+        rejected_width=image.width,
+        rejected_height=image.height,
+    )
 
 
 _Files = tuple[Place, Place | None]
