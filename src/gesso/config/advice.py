@@ -112,6 +112,21 @@ def _sources(run: RunConfig) -> Iterator[Finding]:
                 yield _error("data.validation.path", what, "move it beside the training folder")
 
 
+def _pairs(run: RunConfig) -> Iterator[Finding]:
+    compares = "pair" in run.objective.needs
+    for i, source in enumerate(run.data.sources):
+        key, columns = f"data.sources.{i}", source.rejected_column or source.label_column
+        if compares and source.pairs != "auto":
+            what = f"the objective {run.objective.type} compares pairs of pictures, and this reads none"
+            yield _error(f"{key}.pairs", what, "take it out")
+        if compares and source.mask != "none":
+            yield _error(f"{key}.mask", "pairs of pictures have no masks", "set mask to none")
+        if columns and not compares and source.pairs == "auto":
+            what = f"'{columns}' is of pairs of pictures, which the objective {run.objective.type} does not compare"
+            fix = "choose an objective that does, such as dpo, or set pairs: chosen"
+            yield _error(f"{key}.{'rejected' if source.rejected_column else 'label'}_column", what, fix)
+
+
 def _place(key: str, path: Path) -> Iterator[Finding]:
     if "{" not in path.name and not path.exists():
         yield _error(key, f"there is no {path}", _nearest_folder(path))
@@ -356,5 +371,5 @@ def _about_machine(run: RunConfig, numbers: Forecast, machine: Machine) -> Itera
 
 
 _RULES: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
-    *(_sources, _model, _sizes, _rates, _full, _packages, _output, _prompts, _settings),
+    *(_sources, _pairs, _model, _sizes, _rates, _full, _packages, _output, _prompts, _settings),
 )
