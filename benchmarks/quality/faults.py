@@ -29,6 +29,8 @@ class Fault:
     old: str
     new: str
     tests: tuple[str, ...]
+    known: bool = False
+    """Whether a trainer in wide use computes it so, or did."""
 
 
 ASKED = (

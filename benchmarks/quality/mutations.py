@@ -1,7 +1,9 @@
 """The check of the checks: seeds one fault at a time into a copy of the package, and runs tests that should notice.
 
     python benchmarks/quality/mutations.py              # all of them; writes mutations.json and the table in docs/
+    python benchmarks/quality/mutations.py --formulas   # the wrong formulas instead, with a file and table of their own
     python benchmarks/quality/mutations.py --only "sign of the target flipped"     # prints, writes nothing
+    python benchmarks/quality/mutations.py --places     # only looks whether every fault of both lists has its place
 
 Every fault is silent: the code runs on and trains, with wrong numbers. A fault that no test notices, or that stops a
 test before its own assertions (in an import or a fixture) and does nothing else, has survived: exit status 1.
@@ -24,29 +26,50 @@ from pathlib import Path
 from typing import Any
 
 from faults import ASKED, MORE, Fault
+from formulas import FORMULAS
 
 from gesso.core.provenance import provenance
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PACKAGE = ROOT / "src" / "gesso"
-RESULT = HERE / "mutations.json"
 PAGE = ROOT / "docs" / "quality.md"
+FAULTS = (*ASKED, *MORE)
 
 
 def main() -> int:
     """Run the faults, print the table, and write it unless only some were asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--formulas", action="store_true", help="the wrong formulas instead of the faults")
     parser.add_argument("--only", action="append", help="name of a fault; can be given several times")
     parser.add_argument("--table", action="store_true", help="only write the table in docs/ again")
+    parser.add_argument("--places", action="store_true", help="only look whether each fault can be put in")
     args = parser.parse_args()
+    if args.places:
+        return missing_places([*FAULTS, *FORMULAS])
+    every, mark = (FORMULAS, "formulas") if args.formulas else (FAULTS, "mutations")
+    result = HERE / f"{mark}.json"
     if args.table:
-        write_table(json.loads(RESULT.read_text())["faults"])
+        write_table(json.loads(result.read_text())["faults"], mark)
         return 0
-    faults = [f for f in (*ASKED, *MORE) if not args.only or f.name in args.only]
+    faults = [f for f in every if not args.only or f.name in args.only]
     if not faults:
-        parser.error(f"no such fault; there are: {'; '.join(f.name for f in (*ASKED, *MORE))}")
+        parser.error(f"no such fault; there are: {'; '.join(f.name for f in every)}")
+    rows, seconds = run(faults)
+    if not args.only:
+        record = {"provenance": provenance(), "seconds": seconds, "faults": rows}
+        result.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_table(rows, mark)
+    survived = [row["fault"] for row in rows if not row["caught"]]
+    print(f"{len(rows) - len(survived)} of {len(rows)} faults caught")
+    return 1 if survived else 0
+
+
+def run(faults: Sequence[Fault]) -> tuple[list[dict[str, Any]], int]:
+    """What each fault was caught by, and the seconds that it all took."""
     began = time.monotonic()
+    for fault in faults:
+        changed_text(PACKAGE, fault)
     check_clean(sorted({test for fault in faults for test in fault.tests}))
     rows = []
     for fault in faults:
@@ -54,13 +77,16 @@ def main() -> int:
         print(f"{'caught' if row['caught'] else 'SURVIVED':9} {row['seconds']:5.0f} s  {fault.name}", flush=True)
         for test in row["failed"]:
             print(f"{'':19}{test}")
-    if not args.only:
-        record = {"provenance": provenance(), "seconds": round(time.monotonic() - began), "faults": rows}
-        RESULT.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        write_table(rows)
-    survived = [row["fault"] for row in rows if not row["caught"]]
-    print(f"{len(rows) - len(survived)} of {len(rows)} faults caught")
-    return 1 if survived else 0
+    return rows, round(time.monotonic() - began)
+
+
+def missing_places(faults: Sequence[Fault]) -> int:
+    """Name the faults whose text is no longer in the source, or more than once: 1 if there are any."""
+    lost = [f for f in faults if (PACKAGE / f.file).read_text(encoding="utf-8").count(f.old) != 1]
+    for fault in lost:
+        print(f"{fault.file}: {fault.name}")
+    print(f"{len(faults) - len(lost)} of {len(faults)} faults have their place")
+    return 1 if lost else 0
 
 
 def check_clean(tests: Sequence[str]) -> None:
@@ -82,7 +108,7 @@ def measure(fault: Fault) -> dict[str, Any]:
     return {
         "fault": fault.name,
         "file": f"src/gesso/{fault.file}",
-        "asked": fault in ASKED,
+        "asked": fault in ASKED or fault.known,
         "caught": bool(outcome["failed"]),
         **outcome,
     }
@@ -98,14 +124,19 @@ def copy_package(folder: Path) -> Path:
 
 
 def seed(package: Path, fault: Fault) -> None:
-    """Put the fault in; its old text must be there exactly once, and the file must still compile."""
+    """Put the fault in."""
+    (package / fault.file).write_text(changed_text(package, fault), encoding="utf-8")
+
+
+def changed_text(package: Path, fault: Fault) -> str:
+    """The file with the fault: its old text must be there exactly once, and the file must still compile."""
     path = package / fault.file
     text = path.read_text(encoding="utf-8")
     if (count := text.count(fault.old)) != 1:
         sys.exit(f"'{fault.name}': its text is {count} times in {fault.file}, so the fault cannot be seeded")
     changed = text.replace(fault.old, fault.new)
     compile(changed, str(path), "exec")
-    path.write_text(changed, encoding="utf-8")
+    return changed
 
 
 def run_tests(folder: Path, tests: Sequence[str]) -> dict[str, Any]:
@@ -141,15 +172,15 @@ def _name(case: ElementTree.Element) -> str:
     return ".".join([*parts, re.sub(r"\[.*", "", case.get("name", ""))])
 
 
-def write_table(rows: Sequence[dict[str, Any]]) -> None:
-    """Put the table into the page, between its marks."""
+def write_table(rows: Sequence[dict[str, Any]], mark: str) -> None:
+    """Put the table into the page, between the marks of this name."""
     lines = ["| fault | caught by |", "|---|---|"]
     for row in rows:
         tests = list(dict.fromkeys(name.rpartition(".")[2] for name in row["failed"]))
         shown = ", ".join(f"`{name}`" for name in tests[:3]) + (f" and {len(tests) - 3} more" if len(tests) > 3 else "")
         name = f"**{row['fault']}**" if row["asked"] else row["fault"]
         lines.append(f"| {name} | {shown or 'nothing: it survived'} |")
-    between(PAGE, "mutations", "\n".join(lines))
+    between(PAGE, mark, "\n".join(lines))
 
 
 def between(page: Path, mark: str, text: str) -> None:
