@@ -13,28 +13,34 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # read when the libraries are imported
+
+import diffusers
+import peft
+import pytest
+import torch
 from faults import ASKED, MORE, Fault
 from formulas import FORMULAS
-
-from gesso.core.provenance import provenance
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PACKAGE = ROOT / "src" / "gesso"
 PAGE = ROOT / "docs" / "quality.md"
 FAULTS = (*ASKED, *MORE)
+HEAVY = (torch.optim, peft.LoraConfig, diffusers.StableDiffusionXLPipeline, diffusers.DDPMScheduler)
+"""Named so that they are imported before the processes of the tests are forked."""
 
 
 def main() -> int:
@@ -57,6 +63,8 @@ def main() -> int:
         parser.error(f"no such fault; there are: {'; '.join(f.name for f in every)}")
     rows, seconds = run(faults)
     if not args.only:
+        from gesso.core.provenance import provenance  # not before: what a test process imports must be its copy's
+
         record = {"provenance": provenance(), "seconds": seconds, "faults": rows}
         result.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         write_table(rows, mark)
@@ -75,7 +83,7 @@ def run(faults: Sequence[Fault]) -> tuple[list[dict[str, Any]], int]:
     for fault in faults:
         rows.append(row := measure(fault))
         print(f"{'caught' if row['caught'] else 'SURVIVED':9} {row['seconds']:5.0f} s  {fault.name}", flush=True)
-        for test in row["failed"]:
+        for test in dict.fromkeys(row["failed"]):
             print(f"{'':19}{test}")
     return rows, round(time.monotonic() - began)
 
@@ -144,19 +152,13 @@ def run_tests(folder: Path, tests: Sequence[str]) -> dict[str, Any]:
 
     `failed` are tests whose assertions (or the code under them) failed, `stopped` those that did not get that far.
     """
-    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    environment["GESSO_CACHE"] = str(folder / "cache")
-    where = "import gesso, sys; sys.stdout.write(gesso.__file__)"
-    found = subprocess.run(
-        [sys.executable, "-c", where], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-    ).stdout
-    if Path(found).resolve() != (folder / "gesso" / "__init__.py").resolve():
-        sys.exit(f"the tests would run against {found}, not against the copy")
     report, began = folder / "report.xml", time.monotonic()
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode not in (0, 1):
-        sys.exit(f"pytest could not run ({done.returncode}):\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    # Forked, so that torch and its kin are imported once and not for every fault.
+    process = multiprocessing.get_context("fork").Process(target=_pytest, args=(folder, report, tests))
+    process.start()
+    process.join()
+    if process.exitcode not in (0, 1):
+        sys.exit(f"pytest could not run ({process.exitcode}):\n{(folder / 'output').read_text()[-4000:]}")
     cases = list(ElementTree.parse(report).getroot().iter("testcase"))
     return {
         "failed": [_name(case) for case in cases if case.find("failure") is not None],
@@ -164,6 +166,26 @@ def run_tests(folder: Path, tests: Sequence[str]) -> dict[str, Any]:
         "passed": sum(case.find("failure") is None and case.find("error") is None for case in cases),
         "seconds": round(time.monotonic() - began, 1),
     }
+
+
+def _pytest(folder: Path, report: Path, tests: Sequence[str]) -> NoReturn:
+    """In a process of its own: the tests against the package in `folder`, which nothing has imported before."""
+    os.environ |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "GESSO_CACHE": str(folder / "cache")}
+    os.chdir(ROOT)
+    sys.path[:] = [str(folder), *(p for p in sys.path if Path(p).resolve() != HERE)]  # `formulas` is a test's name too
+    for name in ("faults", *(n for n in sys.modules if n.startswith("formulas"))):
+        sys.modules.pop(name, None)
+    with (folder / "output").open("w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    import gesso
+
+    if Path(gesso.__file__).resolve() != (folder / "gesso" / "__init__.py").resolve():
+        print(f"the tests would run against {gesso.__file__}, not against the copy")
+        os._exit(2)
+    code = int(pytest.main(["-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]))
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def _name(case: ElementTree.Element) -> str:
