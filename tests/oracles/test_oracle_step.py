@@ -78,7 +78,7 @@ def learner_of(network: GainAndShift, rates: tuple[float, float], optimizer: Opt
     ]
     runtime = Runtime.detect("fp32", "cpu")
     average = None if ema is None else Average(ema, groups)
-    return Learner(groups, optim.build(optimizer, groups), average, runtime.scaler())
+    return Learner(groups, optim.build(optimizer, groups), average, runtime.scaler(), after_step=lambda: None)
 
 
 def train(training: Training, learner: Learner, stream: Windows, network: GainAndShift) -> list[StepDone]:
