@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from gesso import __version__
-from gesso.cli import cache, dataset, dataset_edit, micro, pictures, runs, system
+from gesso.cli import cache, dataset, dataset_edit, dataset_pairs, micro, pictures, runs, system
 from gesso.errors import Interrupted
 
 
@@ -70,6 +70,7 @@ data.command("caption")(dataset_edit.caption)
 data.command("caption-edit")(dataset_edit.caption_edit)
 data.command("dedupe")(dataset_edit.dedupe)
 data.command("split")(dataset_edit.split)
+data.command("pairs")(dataset_pairs.pairs)
 data.command("push")(dataset_edit.push)
 data.command("undo")(dataset_edit.undo)
 encodings.command("stats")(cache.stats)

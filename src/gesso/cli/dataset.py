@@ -167,6 +167,8 @@ def _show(found: Inspection) -> None:
     sizes = sorted(picture.look.width * picture.look.height for picture in found.pictures)
     typer.echo(f"pictures    {len(found.pictures)}" + (f", {held} of them held out" if held else ""))
     if sizes:
+        if found.pairs:
+            typer.echo(f"pairs       {found.pairs}, a preferred picture and another each")
         typer.echo(f"            {sizes[0] / 1e6:.2f} to {sizes[-1] / 1e6:.2f} megapixels")
         words = found.wording
         lengths = sorted(words.tokens)

@@ -6,12 +6,14 @@ import unicodedata
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Sequence
 
+from gesso.data import pairs
 from gesso.data.captions import contains
 from gesso.data.inspection import near
 from gesso.data.inspection.look import ending_fits
 from gesso.data.inspection.result import Finding, Gathered, Item, Picture, Progress, Severity
 from gesso.data.inspection.wording import Wording
 from gesso.data.sources.found import counted
+from gesso.data.sources.pairs import MISSING, TIE, UNLABELLED
 
 TINY = 4
 """A picture whose shorter side is under the resolution divided by this is tiny."""
@@ -45,6 +47,7 @@ def judge(
         *_unreadable(found),
         *_malformed(found),
         *_uncaptioned(found),
+        *_pairs(found),
         *_sizes(found),
         *_quality(found.pictures),
         *_duplicates(found.pictures, progress),
@@ -105,6 +108,30 @@ def _uncaptioned(found: Gathered) -> Iterable[Finding]:
         what = f"{counted(len(items), 'picture')} without a caption, or with an empty one{means[policy]}"
         fix = "write captions" + ("" if policy != "error" else ", or set missing_captions for the source")
         yield Finding("error" if policy == "error" else "hint", "no caption", what, fix, tuple(items))
+
+
+_PAIRS: dict[str, tuple[Severity, str]] = {
+    TIE: ("hint", "tie"),
+    UNLABELLED: ("hint", "pair without a label"),
+    MISSING: ("warning", "half a pair"),
+    pairs.IDENTICAL: ("warning", "identical pair"),
+    pairs.SHAPES: ("warning", "pair of two shapes"),
+    pairs.SMALLER: ("warning", "pair of two sizes"),
+    pairs.DUPLICATE: ("warning", "duplicate pair"),
+    pairs.CONTRADICTION: ("warning", "contradiction"),
+}
+
+
+def _pairs(found: Gathered) -> Iterable[Finding]:
+    """How many pairs there are, and those that a run leaves out, by the reason."""
+    count = sum(picture.rejected is not None for picture in found.pictures)
+    total = count + len(found.dropped)
+    if total:
+        yield Finding("hint", "pairs", f"{count} of {counted(total, 'pair')} of pictures can be trained on", "")
+    for why, number in Tally(one.why for one in found.dropped).items():
+        severity, rule = _PAIRS[why]
+        items = tuple(Item(one.where) for one in found.dropped if one.why == why)
+        yield Finding(severity, rule, f"{counted(number, 'pair')} left out: {why}", "", items)
 
 
 def _sizes(found: Gathered) -> Iterable[Finding]:
@@ -178,7 +205,8 @@ def _quality(pictures: Sequence[Picture]) -> Iterable[Finding]:
 def _duplicates(pictures: Sequence[Picture], progress: Progress | None) -> Iterable[Finding]:
     by_content: dict[str, list[int]] = {}
     for i, picture in enumerate(pictures):
-        by_content.setdefault(picture.look.image, []).append(i)
+        if picture.rejected is None:  # pairs share pictures, and often look alike
+            by_content.setdefault(picture.look.image, []).append(i)
     exact = [group for group in by_content.values() if len(group) > 1]
     # One of each content is compared: equal files are told as such.
     firsts = [group[0] for group in by_content.values()]

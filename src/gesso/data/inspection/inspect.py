@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from gesso.config.run import Data, Source
-from gesso.data import captions, index, settings
+from gesso.data import captions, index, pairs, settings
 from gesso.data.buckets import Fit, Size, fit_all, sizes_for
 from gesso.data.images import background_colour
 from gesso.data.inspection.findings import judge
@@ -21,6 +21,7 @@ from gesso.data.inspection.result import Bucket, Gathered, Inspection, Item, Pic
 from gesso.data.inspection.wording import wording
 from gesso.data.places import is_url
 from gesso.data.sources import Record, collect
+from gesso.data.sources.found import Dropped
 from gesso.data.threads import ahead
 from gesso.data.tokens import Counter
 from gesso.errors import UserError
@@ -44,6 +45,7 @@ def inspect(
     found = Gathered(data, [*data.sources, *index.held_folder(data)])
     for position, source in enumerate(found.sources):
         _gather(found, position, source, progress)
+    _drop_pairs(found)
     _split(found)
     _fit(found, multiple)
     words = wording([p.caption for p in found.pictures], tokens=tokens, separator=data.captions.separator)
@@ -65,12 +67,19 @@ def _gather(found: Gathered, position: int, source: Source, progress: Progress |
     # Missing captions are told with their pictures, so here they are let through.
     listed = collect(source.model_copy(update={"missing_captions": "empty"}), index=position)
     found.problems += listed.problems
-    found.notices += [notice for notice in listed.notices if "trained on with no text" not in notice]
+    told = ("trained on with no text", *(f"left out: {one.why}" for one in listed.dropped))
+    found.notices += [notice for notice in listed.notices if not any(text in notice for text in told)]
+    found.dropped += listed.dropped
+    found.left_out += [Item(one.where, one.why) for one in listed.dropped]
     root = "" if is_url(source.path) else os.path.abspath(os.path.expanduser(source.path)) + os.sep
     several = len(found.sources) > 1
 
-    def seen(record: Record) -> Look | UserError:
-        return look(record, background=found.data.background)
+    def seen(record: Record) -> tuple[Look, Look | None] | UserError:
+        one = look(record, background=found.data.background)
+        if isinstance(one, UserError) or record.rejected is None:
+            return one if isinstance(one, UserError) else (one, None)
+        other = look(Record(record.rejected, ""), background=found.data.background)
+        return other if isinstance(other, UserError) else (one, other)
 
     threads = min(8, os.cpu_count() or 1)
     looks = ahead(seen, listed.records, threads=threads, depth=8 * threads)
@@ -84,7 +93,8 @@ def _gather(found: Gathered, position: int, source: Source, progress: Progress |
             if found.data.skip_bad:
                 found.left_out.append(Item(name, "it cannot be read, and data.skip_bad is true"))
         else:
-            _add(found, source, record, name, what)
+            _add(found, source, record, name, what[0])
+            _pair_up(found, record, what[1])
         if progress is not None and (done == total or done % max(1, total // 500) == 0):
             progress("looking at pictures", done, total)
 
@@ -104,12 +114,44 @@ def _add(found: Gathered, source: Source, record: Record, name: str, what: Look)
     found.pictures.append(Picture(name, record, what, shown, bool(record.caption), 0, "train", (), False))
 
 
+def _pair_up(found: Gathered, record: Record, rival: Look | None) -> None:
+    if rival is not None and found.pictures and found.pictures[-1].record is record:
+        found.pictures[-1] = replace(found.pictures[-1], rejected=rival)
+
+
+def _drop_pairs(found: Gathered) -> None:
+    """Leave out the pairs that a run would leave out."""
+    own = len(found.data.sources)
+    paired = [(i, p, p.rejected) for i, p in enumerate(found.pictures) if p.rejected is not None]
+    facts = [
+        pairs.Facts(
+            *(p.record.source == own, p.record.caption, p.look.image, rival.image),
+            *((p.look.width, p.look.height), (rival.width, rival.height)),
+        )
+        for _, p, rival in paired
+    ]
+    bad = pairs.unusable(facts, upscale=found.data.buckets.upscale)
+    gone = {paired[k][0]: why for k, why in sorted(bad.items())}
+    dropped = [Dropped(why, found.pictures[i].name) for i, why in gone.items()]
+    found.dropped += dropped
+    found.left_out += [Item(one.where, one.why) for one in dropped]
+    kept = [i for i in range(len(found.pictures)) if i not in gone]
+    places = {old: new for new, old in enumerate(kept)}
+
+    def moved(item: Item) -> Item:
+        return item if item.picture is None else item._replace(picture=places.get(item.picture))
+
+    found.pictures = [found.pictures[i] for i in kept]
+    found.uncaptioned = [(source, moved(item)) for source, item in found.uncaptioned]
+    found.malformed = [moved(item) for item in found.malformed]
+
+
 def _split(found: Gathered) -> None:
     """Which pictures a run would hold out."""
     if not found.pictures:
         return
     own = len(found.data.sources)
-    images = [p.look.image for p in found.pictures]
+    images = pairs.connected([(p.look.image, p.rejected.image if p.rejected else "") for p in found.pictures])
     fraction = found.data.validation.fraction
     try:
         chosen = index.held_out(images, fraction) if fraction else set()

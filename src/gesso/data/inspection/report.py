@@ -45,6 +45,8 @@ def write(path: Path, found: Inspection, *, title: str, progress: Callable[[int,
 def page(found: Inspection, *, title: str, progress: Callable[[int, int], None] | None = None) -> str:
     """The page as HTML."""
     thumbs = _thumbnails(found, _wanted(found), progress)
+    paired = [i for i in _sample(found) if found.pictures[i].rejected is not None]
+    rivals = _thumbnails(found, paired, None, rivals=True)
     template = Template((resources.files("gesso.data.inspection") / "report.html").read_text("utf-8"))
     plain = [finding for finding in found.findings if finding.rule not in _GROUPED]
     grouped = [finding for finding in found.findings if finding.rule in _GROUPED]
@@ -52,7 +54,8 @@ def page(found: Inspection, *, title: str, progress: Callable[[int, int], None] 
         title=escape(title),
         about=escape(_about(found)),
         cards=_cards(found),
-        sample="".join(_figure(i, thumbs, "", "") for i in _sample(found)),
+        sample="".join(_figure(i, thumbs, "", "") for i in _sample(found) if i not in rivals),
+        pairs="".join(_side_by_side(found.pictures[i], i, thumbs, rivals) for i in paired),
         findings="".join(_finding(f, thumbs) for f in plain) or "<p>None.</p>",
         duplicates="".join(_groups(f, thumbs) for f in grouped) or "<p>None.</p>",
         captions=_captions(found),
@@ -108,12 +111,13 @@ def _most_cropped(found: Inspection) -> list[int]:
 
 
 def _thumbnails(
-    found: Inspection, wanted: Sequence[int], progress: Callable[[int, int], None] | None
+    found: Inspection, wanted: Sequence[int], progress: Callable[[int, int], None] | None, *, rivals: bool = False
 ) -> dict[int, str]:
-    """A data: URL for each picture that is shown; those that cannot be read any more have none."""
+    """A data: URL for each picture that is shown, or for its rival; those that cannot be read any more have none."""
 
     def thumbnail(i: int) -> str:
-        place = found.pictures[i].record.place
+        record = found.pictures[i].record
+        place = record.rejected if rivals and record.rejected is not None else record.place
         try:
             image = decode_bytes(place.read(), path=place, background=found.data.background).image
         except UserError:
@@ -131,6 +135,11 @@ def _thumbnails(
         if progress is not None:
             progress(done, len(wanted))
     return thumbs
+
+
+def _side_by_side(picture: Picture, i: int, thumbs: dict[int, str], rivals: dict[int, str]) -> str:
+    figures = _figure(i, thumbs, "preferred", picture.caption) + _figure(i, rivals, "rejected", "")
+    return f'<div class="side">{figures}</div>'
 
 
 def _figure(i: int | None, thumbs: dict[int, str], name: str, note: str, *, box: str = "") -> str:

@@ -12,6 +12,7 @@ from gesso.data.inspection.look import Look
 from gesso.data.inspection.wording import Wording
 from gesso.data.rows import Split
 from gesso.data.sources import Record
+from gesso.data.sources.found import Dropped
 from gesso.errors import UserError
 
 Severity = Literal["error", "warning", "hint"]
@@ -61,6 +62,8 @@ class Picture:
     fits: tuple[Fit, ...]
     """One for each resolution; none where the picture is too small for any bucket."""
     too_small: bool
+    rejected: Look | None = None
+    """What the other picture of a pair is, which was not preferred."""
 
     @property
     def crop_loss(self) -> float:
@@ -96,6 +99,11 @@ class Inspection:
     buckets: tuple[Bucket, ...]
     findings: tuple[Finding, ...]
 
+    @property
+    def pairs(self) -> int:
+        """How many pictures are the preferred one of a pair."""
+        return sum(picture.rejected is not None for picture in self.pictures)
+
     def count(self, severity: Severity) -> int:
         """How many findings are that severe."""
         return sum(finding.severity == severity for finding in self.findings)
@@ -110,6 +118,7 @@ class Inspection:
                 "pictures": len(self.pictures),
                 "unreadable": len(self.unreadable),
                 "left_out": len(self.left_out),
+                "pairs": self.pairs,
                 "training": splits.count("train"),
                 "validation": splits.count("validation"),
                 "errors": self.count("error"),
@@ -141,6 +150,8 @@ class Gathered:
     uncaptioned: list[tuple[Source, Item]] = field(default_factory=list)
     left_out: list[Item] = field(default_factory=list)
     malformed: list[Item] = field(default_factory=list)
+    dropped: list[Dropped] = field(default_factory=list)
+    """Pairs that a run would leave out."""
     step: int = 0
 
     def options(self, picture: Picture) -> Captions:
@@ -158,9 +169,10 @@ def _finding_json(finding: Finding) -> dict[str, Any]:
 
 
 def _picture_json(picture: Picture) -> dict[str, Any]:
-    seen = picture.look
+    seen, rival = picture.look, picture.record.rejected
     return {
         "file": picture.name,
+        **({} if rival is None else {"rejected": str(rival)}),
         "width": seen.width,
         "height": seen.height,
         "format": seen.format,
