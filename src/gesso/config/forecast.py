@@ -101,6 +101,8 @@ def count(source: Source) -> int | None:
 
 def _estimate(run: RunConfig) -> Counted | None:
     counts = [count(source) for source in run.data.sources]
+    if "pair" in run.objective.needs:
+        counts = [None if n is None else n // 2 or None for n in counts]
     images = tuple(n for n in counts if n is not None)
     plain = not run.data.balance and all(source.share is None for source in run.data.sources)
     if len(images) < len(counts) or not plain:
@@ -207,7 +209,8 @@ def _result(run: RunConfig) -> int:
 
 
 def _cache(run: RunConfig, images: Sequence[int], *, visits: int) -> int:
-    """float32 mean and deviation of 4 channels for each version of an image, and text embeddings for each caption."""
+    """float32 mean and deviation of 4 channels for each version of an image (of both, where they are pairs), and text
+    embeddings for each caption."""
     data = run.data
     if data.encoding == "live":
         return 0
@@ -227,7 +230,7 @@ def _cache(run: RunConfig, images: Sequence[int], *, visits: int) -> int:
         captions += min(most * len(listed), each) if varied else count
     wide = 4 if run.training.precision == "fp32" else 2
     text = 0 if run.adapter.train_text_encoders else captions * (77 * 2048 + 1280) * wide
-    return 2 * 4 * 4 * latents + text
+    return 2 * 4 * 4 * latents * (1 + ("pair" in run.objective.needs)) + text
 
 
 def _memory(run: RunConfig, parameters: int) -> int:

@@ -163,9 +163,10 @@ def _usable_pairs(tables: Sequence[pa.Table], scans: Sequence[Scan], data: Data,
         stays = np.ones(table.num_rows, bool)
         stays[list(own)] = False
         kept.append(table.filter(pa.array(stays)) if own else table)
-        where = [Dropped(why, str(Place(**table.column("place")[j].as_py()))) for j, why in own.items()]
+        both = {j: [str(Place(**table.column(name)[j].as_py())) for name in ("place", "rejected")] for j in own}
+        left = [Dropped(why, " and ".join(both[j])) for j, why in own.items()]
         source = data.sources[i].path if i < len(data.sources) else str(data.validation.path)
-        tell_dropped(source, where, sum(a == i for a, _ in places), notices)
+        tell_dropped(source, left, sum(a == i for a, _ in places), notices)
     return kept
 
 
@@ -270,7 +271,8 @@ def _repeated(rows: pa.Table) -> list[str]:
             notices.append(f"both trained on and held out, so its validation loss means little: {some(paths)}")
     held = pc.sum(pc.equal(pc.cast(rows.column("split"), pa.string()), "validation")).as_py()
     if held:
-        notices.append(f"{held} of {rows.num_rows} pictures {'is' if held == 1 else 'are'} held out for validation")
+        things = "pairs" if Rows(rows).pairs.all() else "pictures"
+        notices.append(f"{held} of {rows.num_rows} {things} {'is' if held == 1 else 'are'} held out for validation")
     return notices
 
 

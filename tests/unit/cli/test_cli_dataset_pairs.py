@@ -11,6 +11,7 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
+from gesso import cli
 from gesso.cli import dataset_edit, dataset_pairs
 from gesso.config.run import Source
 from gesso.data.sources import Record, records
@@ -204,3 +205,31 @@ class TestScores:
         assert message in said
         assert "scores.jsonl:3" in said
         assert not (tmp_path / "set").exists()
+
+
+def test_check_counts_pairs_and_what_is_left_out(
+    scored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call("pairs", "--scores", scored, "--output", tmp_path / "set")
+    with (tmp_path / "set" / "metadata.jsonl").open("a") as file:
+        file.write('{"chosen": null, "rejected": null, "caption": "half"}\n')
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        "output: out\nmodel: {base: 'micro:sdxl'}\ntraining: {steps: 2, device: cpu, precision: fp32}\n"
+        "objective: {type: dpo}\ndata: {resolution: 16, buckets: {step: 16}, cache: c, sources: [{path: set}]}\n"
+    )
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["check", str(run)])
+    said = capsys.readouterr().out
+    assert caught.value.code in (0, None), said
+    assert "pairs       2 of a preferred picture and another" in said
+    assert "1 of 3 pairs left out: one of the two pictures is missing" in said
+    assert " rather than " in said
+    with pytest.raises(SystemExit):
+        cli.main(["check", str(run), "--json"])
+    assert json.loads(capsys.readouterr().out)["data"]["pairs"] == 2
+    run.write_text(run.read_text().replace("dpo", "denoise"))
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["check", str(run)])
+    assert caught.value.code == 2
+    assert "2 of 2 samples here are pairs of pictures" in capsys.readouterr().err

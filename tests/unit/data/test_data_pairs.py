@@ -198,7 +198,8 @@ class TestWhatTeachesNothing:
     def test_the_same_picture_twice(self, tmp_path: Path) -> None:
         index = self.rows(tmp_path, ("2", "2", "same"))
         assert self.captions(index) == ["good"]
-        assert dropped(index) == f"{tmp_path}/a: 1 of 2 pairs left out: both pictures are the same: {tmp_path}/a/2.png"
+        twice = f"{tmp_path}/a/2.png and {tmp_path}/a/2.png"
+        assert dropped(index) == f"{tmp_path}/a: 1 of 2 pairs left out: both pictures are the same: {twice}"
 
     def test_another_shape_is_left_out_and_never_stretched(self, tmp_path: Path) -> None:
         index = self.rows(tmp_path, ("2", "wide", "x"), ("wide", "2", "y"), ("half", "3", "smaller"))

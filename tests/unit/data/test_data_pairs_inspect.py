@@ -47,7 +47,7 @@ def test_every_pair_that_is_left_out_is_told_by_its_reason(tmp_path: Path) -> No
         "contradiction": 2,
     }
     assert names(told["tie"]) == [f"{tmp_path}/a/metadata.jsonl:4"]
-    assert names(told["pair of two shapes"]) == ["4.png"]
+    assert names(told["pair of two shapes"]) == ["4.png and wide.png"]
     summary = found.as_json()["summary"]
     assert (summary["pairs"], summary["pictures"], summary["left_out"]) == (3, 3, 8)
 

@@ -110,16 +110,16 @@ def _uncaptioned(found: Gathered) -> Iterable[Finding]:
         yield Finding("error" if policy == "error" else "hint", "no caption", what, fix, tuple(items))
 
 
-_PAIRS: dict[str, tuple[Severity, str]] = {
-    TIE: ("hint", "tie"),
-    UNLABELLED: ("hint", "pair without a label"),
-    MISSING: ("warning", "half a pair"),
-    pairs.IDENTICAL: ("warning", "identical pair"),
-    pairs.SHAPES: ("warning", "pair of two shapes"),
-    pairs.SMALLER: ("warning", "pair of two sizes"),
-    pairs.DUPLICATE: ("warning", "duplicate pair"),
-    pairs.CONTRADICTION: ("warning", "contradiction"),
-}
+_PAIRS: tuple[tuple[Severity, str, str], ...] = (
+    ("hint", "tie", TIE),
+    ("hint", "pair without a label", UNLABELLED),
+    ("warning", "half a pair", MISSING),
+    ("warning", "identical pair", pairs.IDENTICAL),
+    ("warning", "pair of two shapes", pairs.SHAPES),
+    ("warning", "pair of two sizes", pairs.SMALLER),
+    ("warning", "duplicate pair", pairs.DUPLICATE),
+    ("warning", "contradiction", pairs.CONTRADICTION),
+)
 
 
 def _pairs(found: Gathered) -> Iterable[Finding]:
@@ -128,10 +128,10 @@ def _pairs(found: Gathered) -> Iterable[Finding]:
     total = count + len(found.dropped)
     if total:
         yield Finding("hint", "pairs", f"{count} of {counted(total, 'pair')} of pictures can be trained on", "")
-    for why, number in Tally(one.why for one in found.dropped).items():
-        severity, rule = _PAIRS[why]
+    for severity, rule, why in _PAIRS:
         items = tuple(Item(one.where) for one in found.dropped if one.why == why)
-        yield Finding(severity, rule, f"{counted(number, 'pair')} left out: {why}", "", items)
+        if items:
+            yield Finding(severity, rule, f"{counted(len(items), 'pair')} left out: {why}", "", items)
 
 
 def _sizes(found: Gathered) -> Iterable[Finding]:

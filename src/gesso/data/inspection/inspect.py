@@ -132,7 +132,8 @@ def _drop_pairs(found: Gathered) -> None:
     ]
     bad = pairs.unusable(facts, upscale=found.data.buckets.upscale)
     gone = {paired[k][0]: why for k, why in sorted(bad.items())}
-    dropped = [Dropped(why, found.pictures[i].name) for i, why in gone.items()]
+    rivals = {i: p.record.rejected.name for i, p, _ in paired if p.record.rejected is not None}
+    dropped = [Dropped(why, f"{found.pictures[i].name} and {rivals[i]}") for i, why in gone.items()]
     found.dropped += dropped
     found.left_out += [Item(one.where, one.why) for one in dropped]
     kept = [i for i in range(len(found.pictures)) if i not in gone]
