@@ -18,6 +18,7 @@ from gesso.data.cache import LatentCache, LiveLatents, LiveText, TextCache
 from gesso.data.loader import HeldOut, Loader
 from gesso.data.plan import Plan
 from gesso.data.store import Store
+from gesso.errors import UserError
 from gesso.evaluation import preview
 from gesso.evaluation import sample as sampling
 from gesso.evaluation.preview import Previewer
@@ -43,15 +44,10 @@ def prepare(run: RunConfig, folder: RunFolder, runtime: Runtime, tell: Emit) -> 
     family = run.model
     index = dataset.build(run.data, progress=lambda done, all_: tell(Progress(0, "reading images", done, all_)))
     pairs.require(run, index.rows)
-    batch_size, accumulation = run.training.batch_size, run.training.accumulation
-    plan = Plan(
-        index.rows,
-        data=run.data,
-        batch_size=batch_size,
-        accumulation=accumulation,
-        seed=run.seed,
-        multiple=family.latent_factor,
-    )
+    plan = Plan.of(run, index.rows, multiple=family.latent_factor)
+    if "prior" in run.objective.needs and not plan.has_prior:
+        fix = "give a source role: prior; or write objective.prior: model and a class_prompt"
+        raise UserError("there are no prior images", where="objective.prior", fix=fix)
     for notice in [*index.notices, *plan.notices]:
         tell(Warned(0, notice))
     total = run.training.total_steps(plan.steps_per_epoch)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -14,30 +13,17 @@ from pathlib import Path
 from typing import Literal
 
 from gesso.adapters import FULL_IN_16_BITS, Full
-from gesso.config import schema
-from gesso.config.forecast import GIB, Counted, Forecast, Machine, forecast, full_size, images_in
+from gesso.config import advice_images
+from gesso.config.findings import Finding
+from gesso.config.findings import error as _error
+from gesso.config.findings import warning as _warning
+from gesso.config.forecast import GIB, Counted, Forecast, Machine, forecast, full_size
 from gesso.config.run import RunConfig
 from gesso.core import resolve
 from gesso.errors import Problems, UserError
 from gesso.objectives import Denoise
 
 __all__ = ["Advice", "Counted", "Finding", "Forecast", "Machine", "check"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One remark about one key."""
-
-    level: Literal["error", "warning", "hint"]
-    key: str
-    what: str
-    fix: str = ""
-
-    def as_error(self, origins: Mapping[str, str] | None = None) -> UserError:
-        """As an error; `origins` tell the line that the value came from."""
-        origin = (origins or {}).get(self.key, "default")
-        where = self.key if origin == "default" else f"{origin} ({self.key})"
-        return UserError(self.what, where=where, fix=self.fix)
 
 
 @dataclass(frozen=True)
@@ -80,81 +66,6 @@ def check(run: RunConfig, machine: Machine | None = None, *, counted: Counted | 
         findings += about if numbers.exact else softer
         findings += _about_machine(run, numbers, machine) if machine is not None else []
     return Advice(tuple(findings), numbers)
-
-
-def _error(key: str, what: str, fix: str = "") -> Finding:
-    return Finding("error", key, what, fix)
-
-
-def _warning(key: str, what: str, fix: str = "") -> Finding:
-    return Finding("warning", key, what, fix)
-
-
-def _sources(run: RunConfig) -> Iterator[Finding]:
-    shared = [source.share is not None for source in run.data.sources]
-    for i, source in enumerate(run.data.sources):
-        key = f"data.sources.{i}"
-        if Path(source.path).is_absolute():
-            yield from _place(f"{key}.path", Path(source.path))
-        if run.folder.expanduser().absolute().is_relative_to(Path(source.path)):
-            what = f"the run folder {run.folder} lies inside it, so previews would be trained on"
-            yield _error(f"{key}.path", what, "put the images into a folder of their own, or set output")
-        if source.missing_captions == "trigger" and not source.trigger:
-            yield _error(f"{key}.trigger", "missing_captions is trigger, and there is no trigger word", "give one")
-        if any(shared) and not shared[i]:
-            yield _error(f"{key}.share", "other sources have a share, and this one has none", "give it one")
-    held = run.data.validation.path
-    if held is not None:
-        yield from _place("data.validation.path", held)
-        for source in run.data.sources:
-            if held.is_relative_to(source.path):
-                what = f"lies inside {source.path}, so its images are trained on too and the loss says nothing"
-                yield _error("data.validation.path", what, "move it beside the training folder")
-
-
-def _pairs(run: RunConfig) -> Iterator[Finding]:
-    compares = "pair" in run.objective.needs
-    for i, source in enumerate(run.data.sources):
-        key, columns = f"data.sources.{i}", source.rejected_column or source.label_column
-        if compares and source.pairs != "auto":
-            what = f"the objective {run.objective.type} compares pairs of pictures, and this reads none"
-            yield _error(f"{key}.pairs", what, "take it out")
-        if compares and source.mask != "none":
-            yield _error(f"{key}.mask", "pairs of pictures have no masks", "set mask to none")
-        if columns and not compares and source.pairs == "auto":
-            what = f"'{columns}' is of pairs of pictures, which the objective {run.objective.type} does not compare"
-            fix = "choose an objective that does, such as dpo, or set pairs: chosen"
-            yield _error(f"{key}.{'rejected' if source.rejected_column else 'label'}_column", what, fix)
-
-
-def _place(key: str, path: Path) -> Iterator[Finding]:
-    if "{" not in path.name and not path.exists():
-        yield _error(key, f"there is no {path}", _nearest_folder(path))
-
-
-_HOLDERS = (".zip", ".tar", ".parquet", ".jsonl", ".csv")
-
-
-def _nearest_folder(path: Path) -> str:
-    """The most similar folder with images, or file that may hold some, near a wrong path."""
-    start = path.parent
-    missing = path.name
-    while not start.is_dir() and start != start.parent:
-        start, missing = start.parent, start.name
-    if not start.is_dir():
-        return "give a folder with images"
-    with contextlib.suppress(OSError):
-        folders = [p for p in start.iterdir() if p.is_dir() and p != path and not p.name.startswith(".")]
-        useful = {p.name: p for p in folders[:200] if next(images_in(p), None) is not None}
-        files = {p.name: p for p in start.iterdir() if p.suffix.lower() in _HOLDERS}
-        near = schema.nearest(missing, useful | files)
-        if near:
-            return f"did you mean {(useful | files)[near]}?"
-        if useful:
-            return f"folders with images there: {', '.join(str(useful[name]) for name in sorted(useful)[:3])}"
-        if next((p for p in images_in(start) if p.parent == start), None) is not None:
-            return f"there are images in {start}"
-    return "paths in a run file start from the folder of that file"
 
 
 def _model(run: RunConfig) -> Iterator[Finding]:
@@ -288,7 +199,8 @@ def _output(run: RunConfig) -> Iterator[Finding]:
 
 
 def _prompts(run: RunConfig) -> Iterator[Finding]:
-    prompts, triggers = run.preview.prompts, [s.trigger for s in run.data.sources if s.trigger]
+    prompts = run.preview.prompts
+    triggers = [s.trigger for s in run.data.sources if s.trigger and s.role == "instance"]
     if not prompts:
         yield Finding("hint", "preview.prompts", "no previews will be drawn", "add prompts to see what is learnt")
     elif triggers and not any(trigger in prompt for trigger in triggers for prompt in prompts):
@@ -371,5 +283,6 @@ def _about_machine(run: RunConfig, numbers: Forecast, machine: Machine) -> Itera
 
 
 _RULES: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
-    *(_sources, _pairs, _model, _sizes, _rates, _full, _packages, _output, _prompts, _settings),
+    *advice_images.RULES,
+    *(_model, _sizes, _rates, _full, _packages, _output, _prompts, _settings),
 )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from gesso.adapters import Full
 from gesso.config.run import RunConfig, Source
+from gesso.objectives import DreamBooth
 
 GIB = 2**30
 IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
@@ -100,17 +101,20 @@ def count(source: Source) -> int | None:
 
 
 def _estimate(run: RunConfig) -> Counted | None:
-    counts = [count(source) for source in run.data.sources]
+    wanted = run.objective.wanted if isinstance(run.objective, DreamBooth) else 0
+    counts = [max(count(s) or 0, wanted) or None if s.role == "prior" else count(s) for s in run.data.sources]
     if "pair" in run.objective.needs:
         counts = [None if n is None else n // 2 or None for n in counts]
     images = tuple(n for n in counts if n is not None)
     plain = not run.data.balance and all(source.share is None for source in run.data.sources)
     if len(images) < len(counts) or not plain:
         return None
-    fraction = run.data.validation.fraction
-    held_out = max(1, int(sum(images) * fraction)) if fraction else 0
-    visits = sum(n * source.repeats * _sides(source) for n, source in zip(images, run.data.sources, strict=True))
-    samples = max(1, round(visits * (1 - held_out / sum(images))))
+    # Prior images come on top of the samples of an epoch, and none is held out.
+    taught = [(n, source) for n, source in zip(images, run.data.sources, strict=True) if source.role == "instance"]
+    count_taught, fraction = sum(n for n, _ in taught), run.data.validation.fraction
+    held_out = max(1, int(count_taught * fraction)) if fraction else 0
+    visits = sum(n * source.repeats * _sides(source) for n, source in taught)
+    samples = max(1, round(visits * (1 - held_out / max(count_taught, 1))))
     return Counted(images, held_out, samples, ceil(samples / (run.training.batch_size * run.training.accumulation)))
 
 
@@ -215,7 +219,9 @@ def _cache(run: RunConfig, images: Sequence[int], *, visits: int) -> int:
     if data.encoding == "live":
         return 0
     latents = captions = 0
-    seen = sum(count * source.repeats for count, source in zip(images, data.sources, strict=True))
+    seen = {"instance": 0.0, "prior": 0.0}
+    for count, source in zip(images, data.sources, strict=True):
+        seen[source.role] += count * source.repeats
     for count, source in zip(images, data.sources, strict=True):
         sides = source.resolution or data.resolution
         listed = sides if isinstance(sides, tuple) else (sides,)
@@ -224,7 +230,7 @@ def _cache(run: RunConfig, images: Sequence[int], *, visits: int) -> int:
         flips = 1 + (data.flip if source.flip is None else source.flip)
         words = source.captions or data.captions
         varied = words.shuffle or words.tag_dropout or words.wildcards or words.lines == "choose"
-        most = round(visits * count * source.repeats / max(1, seen) / len(listed))
+        most = round(visits * count * source.repeats / max(1, seen[source.role]) / len(listed))
         each = data.variants * count if data.variants else most
         latents += cells * (min(most, each * flips) if random else min(most, count * flips))
         captions += min(most * len(listed), each) if varied else count

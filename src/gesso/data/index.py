@@ -98,7 +98,7 @@ def held_folder(data: Data) -> list[Source]:
     if data.validation.path is None:
         return []
     # Validation captions follow the rules of the training ones: same columns, trigger and policy.
-    first = data.sources[0]
+    first = settings.leading(data)
     listing = first.metadata if first.metadata and (data.validation.path / first.metadata).is_file() else None
     changes = {
         "path": str(data.validation.path),
@@ -196,14 +196,18 @@ def held_out(images: Iterable[str], fraction: float, *, where: str = "data.valid
 
 
 def _split(rows: pa.Table, fraction: float, *, held: int) -> pa.Table:
-    """Say of each row whether it is held out; those of source `held` are the validation folder's."""
+    """Say of each row whether it is held out; those of source `held` are the validation folder's.
+
+    Prior pictures are not held out: validation measures what is taught.
+    """
     is_held = rows.column("source").to_numpy() == held
-    if fraction and rows.num_rows:
+    prior = pc.equal(pc.cast(rows.column("role"), pa.string()), "prior").to_numpy()
+    if fraction and rows.num_rows and not prior.all():
         # Pairs that share a picture stay together, so that none is both trained on and held out.
         both = zip(*(rows.column(name).to_pylist() for name in ("image", "rejected_hash")), strict=True)
         groups = np.array(pairs.connected(list(both)), object)
-        chosen = held_out(groups[~is_held], fraction)
-        is_held |= np.fromiter((group in chosen for group in groups), bool, len(groups))
+        chosen = held_out(groups[~is_held & ~prior], fraction)
+        is_held |= np.fromiter((group in chosen for group in groups), bool, len(groups)) & ~prior
     words = pa.DictionaryArray.from_arrays(is_held.astype(np.int32), ["train", "validation"])
     return _replaced(rows, "split", words).cast(SCHEMA)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, overload
 
@@ -72,6 +73,7 @@ class Loader:
                 epoch=0,
                 u=torch.full((len(visits),), (k + 0.5) / timesteps),
                 weights=torch.ones(len(visits)),
+                counts=Counter[str](v.role for v in visits),
             )
 
         return HeldOut(batch, len(groups))
@@ -90,6 +92,8 @@ class Loader:
         self.close()
 
     def _prepare(self, step: int) -> list[Batch]:
+        window = self._plan.window(step)
+        counts = Counter[str](visit.role for visit in window)
         return [
             self._batch(
                 visits,
@@ -97,8 +101,9 @@ class Loader:
                 epoch=visits[0].epoch,
                 u=None,
                 weights=torch.tensor([v.row.weight for v in visits], dtype=torch.float32),
+                counts=counts,
             )
-            for visits in self._plan.microbatches(self._plan.share(self._plan.window(step), self._rank))
+            for visits in self._plan.microbatches(self._plan.share(window, self._rank))
         ]
 
     def _batch(
@@ -109,6 +114,7 @@ class Loader:
         epoch: int,
         u: torch.Tensor | None,
         weights: torch.Tensor,
+        counts: Mapping[str, int],
     ) -> Batch:
         draws = Draws(self._plan.seed, epoch, samples)
         encoded = [[self._latents.read(side) for side in sides(v)] for v in visits]
@@ -134,6 +140,8 @@ class Loader:
             rejected=self._family.latents(torch.stack(rivals), posterior) if rivals else None,
             files=tuple(" and ".join(str(side.row.place) for side in sides(v)) for v in visits),
             draws=draws,
+            roles=tuple(v.role for v in visits),
+            counts=counts,
         )
 
 

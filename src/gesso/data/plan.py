@@ -7,78 +7,31 @@ bytes each beside their table.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gesso.core.batch import Geometry
-from gesso.core.random import SampleKey, generator, permutation
 from gesso.data import captions, settings
-from gesso.data.buckets import BucketRow, Fit, Fits, Size, fit_all, sizes_for, too_small
-from gesso.data.captions import Draws
+from gesso.data.buckets import BucketRow, Fit, Size
+from gesso.data.order import Order, codes
 from gesso.data.pairs import sides
 from gesso.data.places import Place
-from gesso.data.rows import Row, Rows
-from gesso.data.shares import Repeats, repeats_of
-from gesso.errors import Problems, UserError
+from gesso.data.rows import Role, Row, Rows
+from gesso.data.shares import repeats_of
+from gesso.data.visits import Samples, Viewer, Visit, samples_of
+from gesso.errors import UserError
+from gesso.objectives import DreamBooth
 
 if TYPE_CHECKING:
-    from gesso.config.run import Data, Source
+    from gesso.config.run import Data, RunConfig, Source
+
+__all__ = ["Plan", "Visit"]
 
 MOST_UNREPEATED = 20_000
 """Encodings that a run may need for visits that never come back (random crops or words without `data.variants`)."""
-
-
-@dataclass(frozen=True)
-class Visit:
-    """One look at one picture: which repeat in which epoch, how it is cropped, and what its caption says."""
-
-    row: Row
-    id: str
-    """The row's id, with the resolution where the picture is seen at several."""
-    epoch: int
-    repeat: int
-    fit: Fit
-    caption: str
-
-    @property
-    def key(self) -> SampleKey:
-        """The name under which this visit's random numbers are drawn."""
-        return SampleKey(self.id, self.repeat)
-
-    @property
-    def geometry(self) -> Geometry:
-        """The SDXL size and crop conditioning."""
-        return self.fit.geometry(self.row.width, self.row.height)
-
-
-class _Epoch(NamedTuple):
-    """The visits of an epoch in the order of training; step k is the k-th stretch of `step_size`."""
-
-    samples: NDArray[np.int32]
-    repeats: NDArray[np.int32]
-
-
-class _Samples(NamedTuple):
-    """Pictures at one resolution each, in columns: row, resolution, bucket and resized size."""
-
-    rows: NDArray[np.int32]
-    resolutions: NDArray[np.int32]
-    buckets: NDArray[np.int32]
-    resized: NDArray[np.int32]
-
-    def fit(self, sample: int) -> Fit:
-        return Fits(self.buckets, self.resized).one(sample)
-
-    @property
-    def crop_loss(self) -> NDArray[np.float64]:
-        areas = self.resized.astype(np.int64).prod(1)
-        return 1 - self.buckets.astype(np.int64).prod(1) / areas
 
 
 class Plan:
@@ -87,6 +40,10 @@ class Plan:
     Every visit (picture x resolution x repeat) comes exactly once an epoch and none is dropped. A step takes a window
     of G = batch_size * accumulation * world_size visits; only the last window of an epoch may be shorter. Within a
     bucket visits are shuffled and cut into windows; the rest of all buckets share mixed windows.
+
+    All this is about the instance pictures, and stays as it is when there are prior samples: each step then has as many
+    of these on top. They come from the pictures with `role: prior`, pass after pass without end, each once (or as often
+    as its repeats say) a pass; or with a `class_prompt` they are the step's own pictures under that caption.
     """
 
     def __init__(
@@ -99,48 +56,66 @@ class Plan:
         world_size: int = 1,
         seed: int = 0,
         multiple: int = 8,
+        class_prompt: str | None = None,
     ) -> None:
         self.seed, self.batch_size, self.world_size = seed, batch_size, world_size
         self.step_size = batch_size * accumulation * world_size
-        self._data = data
+        self._data, self._class_prompt = data, class_prompt
         ordered = Rows.of(rows).sorted()
         self._train, self._held = ordered.where(split="train"), ordered.where(split="validation")
-        if not len(self._train):
+        # Validation pictures follow the first source of instances where they have a folder of their own.
+        self._sources = [*data.sources, settings.leading(data)]
+        self._samples = samples_of(self._train, self._sources, data, multiple=multiple)
+        self._held_samples = samples_of(self._held, self._sources, data, multiple=multiple)
+        self._viewer = self._viewer_of(self._train, self._samples)
+        self._order, self._prior = self._order_of("instance"), self._order_of("prior")
+        if not len(self._order):
             raise UserError("there is no picture to train on", where="data.sources", fix="add pictures")
-        # Validation pictures follow the first source where they have a folder of their own.
-        self._sources = [*data.sources, data.sources[0]]
-        self._several = [len(settings.resolutions(source, data)) > 1 for source in self._sources]
-        self._samples = self._fit(self._train, multiple)
-        self._held_samples = self._fit(self._held, multiple)
-        self._repeats: Repeats = repeats_of(self._train, self._samples.rows, data, seed=seed)
-        if len(self._repeats) < self.step_size:
+        if len(self._order) < self.step_size:
             raise UserError(
-                f"an epoch has {len(self._repeats)} samples ({len(self._train)} pictures x repeats), but one step "
+                f"an epoch has {len(self._order)} samples ({len(self._train)} pictures x repeats), but one step "
                 f"takes {self.step_size} = batch_size {batch_size} x accumulation {accumulation} x "
                 f"{world_size} process(es)",
                 where="data.sources",
                 fix="lower training.batch_size or training.accumulation, or raise repeats",
             )
-        self._bucket, self._bucket_sizes = _codes(self._samples.buckets)
-        self._epoch = functools.lru_cache(maxsize=2)(self._build_epoch)
+
+    @classmethod
+    def of(cls, run: RunConfig, rows: Iterable[Row], *, multiple: int = 8) -> Plan:
+        """The plan of a run; `multiple` is what the family needs of every side, in pixels."""
+        objective = run.objective
+        prompt = None
+        if isinstance(objective, DreamBooth) and objective.prior == "model":
+            prompt = objective.class_prompt
+        return cls(
+            rows,
+            data=run.data,
+            batch_size=run.training.batch_size,
+            accumulation=run.training.accumulation,
+            seed=run.seed,
+            multiple=multiple,
+            class_prompt=prompt,
+        )
 
     @property
     def visits_per_epoch(self) -> int:
-        """Samples in one epoch."""
-        return len(self._repeats)
+        """Samples in one epoch, without prior samples."""
+        return len(self._order)
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether each step has prior samples."""
+        return bool(len(self._prior)) or self._class_prompt is not None
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps in one epoch: ceil(visits / samples per step)."""
-        return -(-len(self._repeats) // self.step_size)
+        return -(-len(self._order) // self.step_size)
 
     @property
     def validation(self) -> list[Visit]:
         """One unvarying visit of each held-out picture and resolution: cropped in the middle, captioned."""
-        return [
-            Visit(row, id_, 0, 0, self._held_samples.fit(sample), self._caption(row, None))
-            for sample, (row, id_) in enumerate(self._named(self._held, self._held_samples))
-        ]
+        return list(self._viewer_of(self._held, self._held_samples).fixed())
 
     def texts(self) -> dict[str, Row]:
         """Every caption without what is random, and the first row that has it."""
@@ -151,7 +126,9 @@ class Plan:
                 if pair not in seen:
                     seen.add(pair)
                     row = rows[i]
-                    found.setdefault(self._caption(row, None), row)
+                    found.setdefault(self._viewer.caption(row.caption, row.source), row)
+        if self._class_prompt is not None:
+            found.setdefault(self._class_prompt, self._train[0])
         return found
 
     def captions(self, steps: range) -> list[str]:
@@ -162,7 +139,8 @@ class Plan:
         dropped = any(settings.words(source, self._data).dropout for source in self._sources)
         wordy, unrepeated = self._wordy(), 0
         found = {visit.caption for visit in self.validation} | ({""} if dropped else set())
-        found |= {self._render(text, source, None) for text, source in set(self._pairs(self._train)) - wordy}
+        found |= set() if self._class_prompt is None else {self._class_prompt}
+        found |= {self._viewer.caption(text, source) for text, source in set(self._pairs(self._train)) - wordy}
         for visit in self._visits(steps) if wordy else ():
             varies = not self._data.variants and (visit.row.caption, visit.row.source) in wordy
             unrepeated += varies and visit.caption not in found
@@ -171,29 +149,28 @@ class Plan:
         return sorted(found)
 
     def window_size(self, step: int) -> int:
-        """Samples in optimiser step `step`."""
-        position = step % self.steps_per_epoch
-        return min(self.step_size, len(self._repeats) - position * self.step_size)
+        """Samples in optimiser step `step`, prior samples included."""
+        return self._instances(step) * (2 if self.has_prior else 1)
 
     def window(self, step: int) -> list[Visit]:
-        """The samples of optimiser step `step` (0-based)."""
+        """The samples of optimiser step `step` (0-based), the prior samples last."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        order = self._epoch(epoch)
-        part = slice(position * self.step_size, (position + 1) * self.step_size)
-        return [
-            self._visit(epoch, int(sample), int(repeat))
-            for sample, repeat in zip(order.samples[part], order.repeats[part], strict=True)
-        ]
+        start, count = epoch * len(self._order) + position * self.step_size, self._instances(step)
+        visits = [self._viewer.visit(*turn) for turn in self._order.stretch(start, count)]
+        if self._class_prompt is not None:
+            return visits + [visit.under(self._class_prompt) for visit in visits]
+        # As many as there are instances, of which as many came before.
+        return visits + [self._viewer.visit(*turn) for turn in self._prior.stretch(start, count)]
 
     def share(self, window: Sequence[Visit], rank: int) -> list[Visit]:
         """The part of a window that one of `world_size` processes takes; the parts differ by at most one sample."""
         return list(window[len(window) * rank // self.world_size : len(window) * (rank + 1) // self.world_size])
 
     def microbatches(self, window: Sequence[Visit]) -> list[list[Visit]]:
-        """A window as batches of one shape and at most `batch_size` samples."""
-        groups: dict[Size, list[Visit]] = {}
+        """A window as batches of one shape and one role and at most `batch_size` samples."""
+        groups: dict[tuple[Role, int, Size], list[Visit]] = {}
         for visit in window:
-            groups.setdefault(visit.fit.bucket, []).append(visit)
+            groups.setdefault((visit.role, visit.epoch, visit.fit.bucket), []).append(visit)
         size = self.batch_size
         return [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
 
@@ -212,7 +189,7 @@ class Plan:
                 unrepeated += varies[side.row.source] and key not in found
                 found.setdefault(key, side)
             self._refuse_more(unrepeated, steps, "images", "data.crop, rotation or colour")
-            seen.add((visit.id, visit.fit))
+            seen.add((visit.row.id, visit.fit))
             # Random crops can coincide, and then this is never reached, which only costs time.
             if not any(varies) and len(seen) == most:
                 break
@@ -231,26 +208,29 @@ class Plan:
 
     def describe(self) -> list[BucketRow]:
         """Training pictures and mean crop loss of each bucket, the fullest bucket first."""
-        counts = np.bincount(self._bucket, minlength=len(self._bucket_sizes))
-        losses = np.bincount(self._bucket, weights=self._samples.crop_loss, minlength=len(self._bucket_sizes))
+        numbers, sizes = codes(self._samples.buckets)
+        counts = np.bincount(numbers, minlength=len(sizes))
+        losses = np.bincount(numbers, weights=self._samples.crop_loss, minlength=len(sizes))
         rows = [
             BucketRow(size, int(count), float(loss / count))
-            for size, count, loss in zip(self._bucket_sizes, counts, losses, strict=True)
+            for size, count, loss in zip(sizes, counts, losses, strict=True)
         ]
         return sorted(rows, key=lambda row: (-row.images, row.bucket))
 
     def concepts(self) -> list[tuple[str, int, int]]:
-        """Name, training pictures and samples an epoch of each concept, by name."""
-        codes, names = self._train.words("concept")
-        pictures = np.bincount(codes, minlength=len(names))
-        samples = np.bincount(codes[self._samples.rows[self._repeats.of(0).samples]], minlength=len(names))
+        """Name, training pictures and samples of the first epoch of each concept, by name."""
+        concepts, names = self._train.words("concept")
+        pictures = np.bincount(concepts, minlength=len(names))
+        turns = [turn for order in (self._order, self._prior) for turn in order.stretch(0, len(self._order))]
+        rows = self._samples.rows[[sample for _, sample, _ in turns]]
+        samples = np.bincount(concepts[rows], minlength=len(names))
         return sorted((n, int(p), int(s)) for n, p, s in zip(names, pictures, samples, strict=True) if p)
 
     @property
     def notices(self) -> list[str]:
         """Pictures that are much enlarged or much cropped, in words."""
         notices = []
-        kinds: list[tuple[str, Callable[[Rows, _Samples], NDArray[np.bool_]]]] = [
+        kinds: list[tuple[str, Callable[[Rows, Samples], NDArray[np.bool_]]]] = [
             ("enlarged more than 1.5 times (blurred)", lambda r, s: s.resized[:, 0] > 1.5 * r.numbers("width")[s.rows]),
             ("more than 30 % cropped away", lambda _, s: s.crop_loss > 0.3),
         ]
@@ -263,71 +243,29 @@ class Plan:
                 notices.append(f"{what}: {', '.join(_named(rows[i].place) for rows, i in names[:_NAMED])}{more}")
         return notices
 
-    def _fit(self, rows: Rows, multiple: int) -> _Samples:
-        """Every row at every resolution of its source."""
-        sources, data = rows.numbers("source"), self._data
-        widths, heights = rows.numbers("width"), rows.numbers("height")
-        parts = []
-        for i, source in enumerate(self._sources):
-            members = np.flatnonzero(sources == i).astype(np.int32)
-            for side in settings.resolutions(source, data):
-                sizes, step = sizes_for(data, resolution=side, multiple=multiple)
-                fits = fit_all(widths[members], heights[members], sizes=sizes, step=step, upscale=data.buckets.upscale)
-                if small := [rows[int(members[j])] for j in np.flatnonzero(~fits.buckets.all(1))]:
-                    errors = [(row, too_small(row.width, row.height, step)) for row in small]
-                    raise Problems([UserError(e.what, where=str(row.place), fix=e.fix) for row, e in errors])
-                parts.append(_Samples(members, np.full(len(members), side, np.int32), *fits))
-        joined = [np.concatenate(columns) for columns in zip(*parts, strict=True)]
-        order = np.lexsort((joined[1], joined[0]))
-        return _Samples(*(column[order] for column in joined))
+    def _viewer_of(self, rows: Rows, samples: Samples) -> Viewer:
+        return Viewer(rows, samples, sources=self._sources, data=self._data, seed=self.seed)
 
-    def _named(self, rows: Rows, samples: _Samples) -> Iterator[tuple[Row, str]]:
-        for i, side in zip(samples.rows.tolist(), samples.resolutions.tolist(), strict=True):
-            row = rows[i]
-            yield row, f"{row.id}@{side}" if self._several[row.source] else row.id
+    def _order_of(self, role: Role) -> Order:
+        """The order of the training samples with this role, whatever others there are."""
+        roles, words = self._train.words("role")
+        wanted = np.array([word == role for word in words], bool)[roles[self._samples.rows]]
+        members = np.flatnonzero(wanted).astype(np.int32)
+        return Order(
+            members,
+            repeats=repeats_of(self._train, self._samples.rows[members], self._data, role=role, seed=self.seed),
+            buckets=self._samples.buckets[members],
+            step_size=self.step_size,
+            seed=self.seed,
+            stream="" if role == "instance" else f"{role} ",
+        )
+
+    def _instances(self, step: int) -> int:
+        """Instance samples of a step."""
+        return min(self.step_size, len(self._order) - step % self.steps_per_epoch * self.step_size)
 
     def _visits(self, steps: range) -> Iterator[Visit]:
         return (visit for step in steps for visit in self.window(step))
-
-    def _visit(self, epoch: int, sample: int, repeat: int) -> Visit:
-        row = self._train[int(self._samples.rows[sample])]
-        id_ = f"{row.id}@{self._samples.resolutions[sample]}" if self._several[row.source] else row.id
-        fit, data, source = self._samples.fit(sample), self._data, self._sources[row.source]
-
-        def drawn(domain: str) -> np.random.Generator:
-            return generator(self.seed, domain, epoch, id_, repeat)
-
-        varied = drawn
-        if data.variants:
-            variant = int(drawn("variant").integers(data.variants))
-
-            def varied(domain: str) -> np.random.Generator:
-                return generator(self.seed, domain, "variant", variant, id_)
-
-        if settings.crop(source, data) == "random":
-            slack = [fit.resized[0] - fit.bucket[0] + 1, fit.resized[1] - fit.bucket[1] + 1]
-            left, top = varied("crop").integers(0, slack)
-            fit = replace(fit, crop=(int(left), int(top)))
-        if data.rotation:
-            fit = replace(fit, angle=float(varied("rotation").uniform(-data.rotation, data.rotation)))
-        if data.colour:
-            light, contrast, saturation = varied("colour").uniform(1 - data.colour, 1 + data.colour, 3).tolist()
-            fit = replace(fit, colour=(light, contrast, saturation))
-        if settings.flips(source, data) and drawn("flip").random() < 0.5:
-            fit = replace(fit, flip=True)
-
-        def words(domain: str) -> np.random.Generator:
-            # An empty caption is no version of a caption: it comes at its own rate.
-            return drawn(domain) if domain == "caption dropout" else varied(domain)
-
-        return Visit(row, id_, epoch, repeat, fit, self._caption(row, words))
-
-    def _caption(self, row: Row, draws: Draws | None) -> str:
-        return self._render(row.caption, row.source, draws)
-
-    def _render(self, text: str, source: int, draws: Draws | None) -> str:
-        own = self._sources[source]
-        return captions.render(text, settings.words(own, self._data), trigger=own.trigger, draws=draws)
 
     def _random(self, source: Source) -> bool:
         """Whether the pictures of a source are seen in ever new versions."""
@@ -365,24 +303,6 @@ class Plan:
                 fix="set data.variants to the number of versions to keep of each, such as 8",
             )
 
-    def _build_epoch(self, epoch: int) -> _Epoch:
-        visits = self._repeats.of(epoch)
-        bucket, size = self._bucket[visits.samples], self.step_size
-        members = np.split(np.argsort(bucket, kind="stable"), np.cumsum(np.bincount(bucket))[:-1])
-        whole, rests = [], []
-        for code in sorted(range(len(members)), key=lambda code: self._bucket_sizes[code]):
-            name = "x".join(map(str, self._bucket_sizes[code]))
-            shuffled = members[code][permutation(len(members[code]), self.seed, "order", epoch, name)]
-            cut = len(shuffled) // size * size
-            whole.append(shuffled[:cut])
-            rests.append(shuffled[cut:])
-        # The rests stay together by bucket, so that mixed windows fall into as few shapes as possible.
-        order = np.concatenate([*whole, *(rests[i] for i in permutation(len(rests), self.seed, "remainder", epoch))])
-        full = len(order) // size
-        windows = order[: full * size].reshape(full, size)[permutation(full, self.seed, "windows", epoch)]
-        order = np.concatenate([windows.ravel(), order[full * size :]])
-        return _Epoch(visits.samples[order], visits.repeats[order])
-
 
 _NAMED = 5
 
@@ -390,9 +310,3 @@ _NAMED = 5
 def _named(place: Place) -> str:
     """A file's name; of a member or a row, where it is."""
     return place.name if place.kind == "file" else str(place)
-
-
-def _codes(buckets: NDArray[np.int32]) -> tuple[NDArray[np.int64], list[Size]]:
-    """Each bucket's number, and the buckets."""
-    sizes, codes = np.unique(buckets, axis=0, return_inverse=True)
-    return codes.ravel(), [(int(wide), int(high)) for wide, high in sizes]

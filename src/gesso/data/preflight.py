@@ -46,14 +46,7 @@ def preflight(
     index = build(run.data, progress=progress)
     pairs.require(run, index.rows)
     training = run.training
-    plan = Plan(
-        index.rows,
-        data=run.data,
-        batch_size=training.batch_size,
-        accumulation=training.accumulation,
-        seed=run.seed,
-        multiple=multiple,
-    )
+    plan = Plan.of(run, index.rows, multiple=multiple)
     if run.data.encoding == "cached":
         steps = range(training.total_steps(plan.steps_per_epoch))
         plan.refuse_unrepeated(steps, captions=not run.adapter.train_text_encoders)  # as the run would, later

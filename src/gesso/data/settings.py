@@ -5,6 +5,11 @@ from __future__ import annotations
 from gesso.config.run import Captions, Data, Source
 
 
+def leading(data: Data) -> Source:
+    """The source that pictures without one of their own follow: the first of instances."""
+    return next((source for source in data.sources if source.role == "instance"), data.sources[0])
+
+
 def resolutions(source: Source, data: Data) -> tuple[int, ...]:
     """The sides of the squares whose areas its buckets have."""
     sides = source.resolution or data.resolution

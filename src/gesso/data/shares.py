@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gesso.core.random import permutation
-from gesso.data.rows import Rows
+from gesso.data.rows import Role, Rows
 from gesso.errors import UserError
 
 if TYPE_CHECKING:
@@ -68,38 +68,40 @@ class Repeats:
 _ROUNDING = 1e-9
 
 
-def repeats_of(rows: Rows, samples: NDArray[np.int32], data: Data, *, seed: int) -> Repeats:
-    """The visits of the samples of `rows` (`samples` holds each one's row); those of one source take turns."""
+def repeats_of(rows: Rows, samples: NDArray[np.int32], data: Data, *, role: Role, seed: int) -> Repeats:
+    """The visits of those samples of `rows` that have a role (`samples` holds each one's row).
+
+    Those of one source take turns. Shares are between sources of the role; only instances are balanced by concept.
+    """
     sources = rows.numbers("source")[samples]
-    if any(source.share is not None for source in data.sources):
-        repeats = _by_share(sources, data)
+    if any(source.share is not None for source in data.sources if source.role == role):
+        repeats = _by_share(sources, data, role)
     else:
         repeats = rows.numbers("repeats")[samples]
-    if data.balance:
+    if data.balance and role == "instance" and len(samples):
         repeats = _balanced(rows, samples, repeats)
     return Repeats(repeats, sources, seed=seed)
 
 
-def _by_share(sources: NDArray[np.int32], data: Data) -> NDArray[np.float64]:
+def _by_share(sources: NDArray[np.int32], data: Data, role: Role) -> NDArray[np.float64]:
     """Repeats in proportion to the shares, such that the source that needs fewest is seen exactly once."""
     counts = np.bincount(sources, minlength=len(data.sources))
     for i, source in enumerate(data.sources):
-        if source.share is None:
+        if source.role == role and source.share is None:
             raise UserError(
                 "other sources have a share, and this one has none", where=f"data.sources.{i}.share", fix="give it one"
             )
-    shares = np.array([source.share for source in data.sources], np.float64)
+    shares = np.array([source.share or 1.0 for source in data.sources], np.float64)
     there = counts > 0
-    scale = (counts[there] / shares[there]).max()
+    scale = (counts[there] / shares[there]).max() if len(sources) else 1.0
     repeats: NDArray[np.float64] = (scale * shares / np.maximum(counts, 1))[sources]
     return repeats
 
 
 def _balanced(rows: Rows, samples: NDArray[np.int32], repeats: NDArray[np.float64]) -> NDArray[np.float64]:
-    """As many samples for each concept as the largest has; prior images are no concept of their own."""
-    codes, words = rows.words("role")
-    taught = np.array([word != "prior" for word in words], bool)[codes[samples]]
+    """As many samples for each concept as the largest has."""
     concepts = rows.words("concept")[0][samples]
-    sums = np.bincount(concepts[taught], weights=repeats[taught], minlength=int(concepts.max()) + 1)
+    sums = np.bincount(concepts, weights=repeats)
     factors = np.divide(sums.max(), sums, out=np.ones_like(sums), where=sums > 0)
-    return np.where(taught, repeats * factors[concepts], repeats)
+    balanced: NDArray[np.float64] = repeats * factors[concepts]
+    return balanced

@@ -64,10 +64,15 @@ class Denoise(Spec):
         if self.input_perturbation:
             mixed = noise + self.input_perturbation * _normal(batch, "input perturbation", noise.shape[1:])
         noisy = policy.noise.corrupt(batch.latents, mixed, t)
+        # The target comes first: it may need the networks as they were before training.
+        target = self.target(policy, batch, noisy=noisy, noise=noise, t=t)
         prediction = policy.predict(noisy, t, policy.condition(batch))
-        target = policy.noise.target(batch.latents, noise, t)
         per_sample = self._mean(self._distance(prediction.float(), target), batch.mask)
         return per_sample * policy.noise.weight(t, min_snr_gamma=self.min_snr_gamma) * batch.weights
+
+    def target(self, policy: Policy, batch: Batch, *, noisy: Tensor, noise: Tensor, t: Tensor) -> Tensor:  # noqa: ARG002
+        """What the denoiser is asked for at the noisy latents, [B, C, h, w] float32."""
+        return policy.noise.target(batch.latents, noise, t)
 
     def _mean(self, distance: Tensor, mask: Tensor | None) -> Tensor:
         """Mean over channels and cells [B], weighted by the mask: sum(m d) / sum(m), so a small mask counts no less."""

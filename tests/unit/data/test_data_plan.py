@@ -66,8 +66,9 @@ class TestRepeats:
         rows = [row(i, concept="cat") for i in range(12)] + [row(50 + i, concept="dog") for i in range(5)]
         rows += [row(90 + i, concept="class", role="prior", source=1) for i in range(3)]
         p = plan(rows, Source(path="a"), Source(path="b", role="prior"), balance=True)
-        assert {name: samples for name, _, samples in p.concepts()} == {"cat": 12, "dog": 12, "class": 3}
-        assert Counter(v.row.concept for v in epoch_of(p)) == {"cat": 12, "dog": 12, "class": 3}
+        # 24 samples of what is taught, and as many prior samples on top.
+        assert {name: samples for name, _, samples in p.concepts()} == {"cat": 12, "dog": 12, "class": 24}
+        assert Counter(v.row.concept for v in epoch_of(p)) == {"cat": 12, "dog": 12, "class": 24}
 
 
 class TestResolutions:
