@@ -84,7 +84,7 @@ class Source(Spec):
     captions: Captions | None = None
     """How captions are varied. Empty: as `data.captions` says."""
     role: Literal["instance", "prior"] = "instance"
-    """prior: regularisation images of the class, which keep what the model knew."""
+    """prior: regularisation images of the class, which keep what the model knew; for `objective.type: dreambooth`."""
     repeats: float = Field(default=1.0, gt=0)
     """How often each image is seen in an epoch; with 2.5 every other image comes a third time."""
     share: float | None = Field(default=None, gt=0)

@@ -10,7 +10,7 @@ from gesso.errors import Problems, UserError
 
 if TYPE_CHECKING:
     from gesso.config.run import RunConfig
-    from gesso.data.plan import Visit
+    from gesso.data.visits import Visit
     from gesso.data.rows import Rows
 
 IDENTICAL = "both pictures are the same"
