@@ -10,8 +10,8 @@ from gesso.errors import Problems, UserError
 
 if TYPE_CHECKING:
     from gesso.config.run import RunConfig
-    from gesso.data.visits import Visit
     from gesso.data.rows import Rows
+    from gesso.data.visits import Visit
 
 IDENTICAL = "both pictures are the same"
 SHAPES = "the two pictures are not of one shape, and neither is ever stretched"
