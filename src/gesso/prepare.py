@@ -22,7 +22,7 @@ from gesso.errors import UserError
 from gesso.evaluation import preview
 from gesso.evaluation import sample as sampling
 from gesso.evaluation.preview import Previewer
-from gesso.training.session import text_encoder_rates
+from gesso.training.session import text_encoder_rates, text_type
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def prepare(run: RunConfig, folder: RunFolder, runtime: Runtime, tell: Emit) -> 
     total = run.training.total_steps(plan.steps_per_epoch)
     hashes = {"data": index.fingerprint} | {name: family.fingerprint(name) for name in ("denoiser", "vae", "text")}
 
-    parts = family.load({"vae", "text"}, dtype=runtime.dtype, device=runtime.device)
+    parts = family.load({"vae", "text"}, dtype=text_type(run, runtime), device=runtime.device)
     steps = range(total)
     _warn_of_cut_captions(run, parts, list(plan.texts()), tell)
     live_text = bool(text_encoder_rates(run))

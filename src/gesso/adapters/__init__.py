@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Discriminator, Tag
 
-from gesso.adapters.full import FULL_IN_16_BITS, AttachedFull, Full
+from gesso.adapters.full import AttachedFull, Full
 from gesso.adapters.lora import AttachedLoRA, LoRA
 from gesso.core.seams import chosen_by_type
 
@@ -15,4 +15,4 @@ AnyAdapter = Annotated[
     Discriminator(chosen_by_type("lora")),
 ]
 
-__all__ = ["FULL_IN_16_BITS", "AnyAdapter", "AttachedFull", "AttachedLoRA", "Full", "LoRA"]
+__all__ = ["AnyAdapter", "AttachedFull", "AttachedLoRA", "Full", "LoRA"]

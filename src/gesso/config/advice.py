@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from gesso.adapters import FULL_IN_16_BITS, Full
+from gesso.adapters import Full
 from gesso.config import advice_images
 from gesso.config.findings import Finding
 from gesso.config.findings import error as _error
@@ -134,7 +134,9 @@ def _rates(run: RunConfig) -> Iterator[Finding]:
     # A model of full size is not trained from random weights here, and what it knows is soon lost at higher rates.
     tuned = full and full_size(run)
     usual = "1e-5 is usual" if tuned else "1e-3 is usual from random weights" if full else "1e-4 is usual"
-    if not training.learning_rate and not any(own):
+    denoiser = not isinstance(run.adapter, Full) or run.adapter.train_denoiser
+    follow = run.adapter.train_text_encoders and rates is None
+    if not any(own) and not (training.learning_rate and (denoiser or follow)):
         yield _error("training.learning_rate", "every learning rate is 0, so nothing would be trained", usual)
     for name, rate in [("training.learning_rate", training.learning_rate), *((key, rate) for rate in own)]:
         if rate > (1e-4 if tuned else 1e-2):
@@ -144,11 +146,19 @@ def _rates(run: RunConfig) -> Iterator[Finding]:
             yield _warning(name, f"{rate:g} is so low that hardly anything will change", usual)
 
 
+_NUMBER_BY_NUMBER = ("adamw", "adamw8bit")
+
+
 def _full(run: RunConfig) -> Iterator[Finding]:
     if not isinstance(run.adapter, Full):
         return
-    if run.training.precision != "fp32":
-        yield _error("training.precision", FULL_IN_16_BITS, "write fp32, or train a LoRA")
+    adapter, training = run.adapter, run.training
+    if adapter.weights == "bf16" and training.precision != "bf16":
+        what = f"weights that are kept in bf16 also compute in bf16, and training.precision is {training.precision}"
+        yield _error("adapter.weights", what, "set training.precision: bf16, or adapter.weights: fp32")
+    if adapter.weights == "bf16" and training.optimizer.type not in _NUMBER_BY_NUMBER:
+        what = f"{training.optimizer.type} works on whole tensors, and bf16 weights are updated piece by piece"
+        yield _error("training.optimizer.type", what, f"write {_NUMBER_BY_NUMBER[0]}, or adapter.weights: fp32")
     if run.name in ("logs", "samples") or run.name.startswith("checkpoint-"):
         what = f"the trained model's folder in the run folder would be {run.name}, which has another use"
         yield _error("name", what, "choose another name")
@@ -275,7 +285,8 @@ def _about_machine(run: RunConfig, numbers: Forecast, machine: Machine) -> Itera
         options = {
             "training.gradient_checkpointing: true": not run.training.gradient_checkpointing,
             "training.batch_size: 1 with more accumulation": run.training.batch_size > 1,
-            "training.precision: bf16": run.training.precision == "fp32" and not isinstance(run.adapter, Full),
+            "training.precision: bf16": run.training.precision == "fp32",
+            "adapter.weights: bf16": isinstance(run.adapter, Full) and run.adapter.weights == "fp32",
             "a LoRA": isinstance(run.adapter, Full),
             "a lower data.resolution": True,
         }

@@ -28,6 +28,8 @@ _PER_RANK = {
 }
 _TEXT_PER_RANK = 401_408
 _UNET_PARAMETERS = 2_567_000_000
+# Of these, what the targets of a full fine-tune mean.
+_UNET_TARGETS = {"attention": 955_000_000, "attention-mlp": 2_209_000_000, "all-linear": 2_234_000_000}
 _TEXT_PARAMETERS = 818_000_000
 # GiB of saved activations a sample at 1024 x 1024 in 16 bits, with adapters in float32.
 _ACTIVATIONS = {"attention": 7.3, "other": 9.4, "checkpointed": 1.6}
@@ -146,7 +148,7 @@ def forecast(run: RunConfig, counted: Counted | None = None) -> Forecast | None:
         checkpoints=len(saves),
         checkpoints_kept=len(kept),
         parameters=parameters,
-        checkpoint_bytes=None if parameters is None else parameters * _saved(run),
+        checkpoint_bytes=None if parameters is None else parameters * _saved(run) + _frozen(run),
         result_bytes=_result(run),
         cache_bytes=_cache(run, images, visits=steps * run.training.batch_size * run.training.accumulation),
         memory_bytes=_memory(run, parameters) if known and parameters is not None else None,
@@ -167,7 +169,7 @@ def full_size(run: RunConfig) -> bool:
 
 def _parameters(run: RunConfig) -> int:
     if isinstance(run.adapter, Full):
-        return _UNET_PARAMETERS + _TEXT_PARAMETERS * run.adapter.train_text_encoders
+        return _networks(run) - _still(run)
     targets = run.adapter.targets
     if isinstance(targets, str):
         per_rank = _PER_RANK[targets]
@@ -178,12 +180,27 @@ def _parameters(run: RunConfig) -> int:
     return run.adapter.rank * (per_rank + _TEXT_PER_RANK * run.adapter.train_text_encoders)
 
 
+def _networks(run: RunConfig) -> int:
+    """Parameters of the networks that a full fine-tune trains, wholly or in part: what its checkpoints hold."""
+    spec = run.adapter.at(run.training.learning_rate) if isinstance(run.adapter, Full) else run.adapter
+    denoiser = _UNET_PARAMETERS if isinstance(spec, Full) and spec.train_denoiser else 0
+    return denoiser + _TEXT_PARAMETERS * spec.train_text_encoders
+
+
+def _still(run: RunConfig) -> int:
+    """Parameters of these that are no target; names of layers are taken to mean all of them, and not counted."""
+    spec = run.adapter.at(run.training.learning_rate) if isinstance(run.adapter, Full) else run.adapter
+    targets = spec.targets if isinstance(spec, Full) and isinstance(spec.targets, str) else "all"
+    return _UNET_PARAMETERS - _UNET_TARGETS.get(targets, _UNET_PARAMETERS)
+
+
 def _counted(run: RunConfig) -> int | None:
     """Parameters of a small local model that trains as a whole, read from the heads of its files."""
     root = Path(run.model.base)
     if not (isinstance(run.adapter, Full) and root.is_dir()):
         return None
-    parts = run.model.part_names if run.adapter.train_text_encoders else run.model.part_names[:1]
+    denoiser, *encoders = run.model.part_names
+    parts = [denoiser] * run.adapter.train_denoiser + encoders * run.adapter.train_text_encoders
     try:
         return sum(_tensors(file) for part in parts for file in (root / part).glob("*.safetensors")) or None
     except (OSError, ValueError, KeyError, TypeError):
@@ -202,9 +219,20 @@ def _moments(run: RunConfig) -> int:
     return {"adamw": 8, "adamw8bit": 2, "muon": 5}[run.training.optimizer.type]
 
 
+def _weight(run: RunConfig) -> int:
+    """Bytes that a trained weight is kept in."""
+    return 2 if isinstance(run.adapter, Full) and run.adapter.weights == "bf16" else 4
+
+
 def _saved(run: RunConfig) -> int:
-    """Bytes a parameter in a checkpoint: float32 weights, moments, and the average in float64 and in float32."""
-    return 4 + _moments(run) + 12 * run.training.ema.enabled
+    """Bytes a parameter in a checkpoint: its weight, moments, and the average in float64 and in float32."""
+    return _weight(run) + _moments(run) + 12 * run.training.ema.enabled
+
+
+def _frozen(run: RunConfig) -> int:
+    """Bytes in a checkpoint of layers that do not train, which are saved with those that do, and with their average."""
+    full = isinstance(run.adapter, Full) and full_size(run)
+    return _still(run) * _weight(run) * (1 + run.training.ema.enabled) if full else 0
 
 
 def _result(run: RunConfig) -> int:
@@ -240,14 +268,19 @@ def _cache(run: RunConfig, images: Sequence[int], *, visits: int) -> int:
 
 
 def _memory(run: RunConfig, parameters: int) -> int:
-    training = run.training
+    """Bytes on the GPU: weights, gradients, moments, the average in float64, activations, and room to work in."""
+    training, adapter = run.training, run.adapter
     wide = 2 if training.precision == "fp32" else 1
-    frozen = _UNET_PARAMETERS + _TEXT_PARAMETERS * run.adapter.train_text_encoders
-    if isinstance(run.adapter, Full):
-        frozen = 0
-    kind = "attention" if not isinstance(run.adapter, Full) and run.adapter.targets == "attention" else "other"
+    weight, frozen = _weight(run), 2 * wide  # bytes of each
+    held = (_UNET_PARAMETERS + _TEXT_PARAMETERS * adapter.train_text_encoders) * frozen
+    if isinstance(adapter, Full):
+        networks = _networks(run)
+        # A pass in 16 bits makes a copy of float32 weights; a reference is a copy of what trains.
+        casts = 2 if weight == 4 and wide == 1 else 0
+        held = weight * _still(run) + casts * networks + weight * parameters * run.objective.reference
+        held += frozen * _UNET_PARAMETERS * (networks < _UNET_PARAMETERS)
+    kind = "attention" if not isinstance(adapter, Full) and adapter.targets == "attention" else "other"
     saved = _ACTIVATIONS["checkpointed" if training.gradient_checkpointing else kind]
     activations = saved * wide * training.batch_size * (run.data.resolution / 1024) ** 2
-    # Weights, gradient, moments, and the average in float64.
-    trained = parameters * (8 + _moments(run) + 8 * training.ema.enabled)
-    return round(frozen * 2 * wide + trained + (activations + _WORKSPACE) * GIB)
+    trained = parameters * (2 * weight + _moments(run) + 8 * training.ema.enabled)
+    return round(held + trained + (activations + _WORKSPACE) * GIB)

@@ -252,8 +252,8 @@ class Training(Spec):
     clip: float | None = Field(default=1.0, gt=0)
     """Largest norm of the gradient; longer ones are scaled down. Empty: no clipping."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Of the frozen model and the activations. Trained weights and the loss are always float32, so a full fine-tune
-    takes fp32."""
+    """Of the frozen model and the activations. Trained weights and the loss are float32; of a full fine-tune,
+    `adapter.weights` can say otherwise."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: much less memory, about a third slower."""
     attention: Literal["sdpa", "xformers"] = "sdpa"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import nn
 
 from gesso.core.random import key
 from gesso.errors import ResourceError, UserError
@@ -25,8 +26,8 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Runtime:
     """Where a run computes, and in what precision.
 
-    `dtype` is that of the frozen networks and the activations; trained parameters, losses and gradients
-    of adapters stay float32.
+    `dtype` is that of the frozen networks and the activations; trained parameters, their gradients and losses stay
+    float32, unless a full fine-tune keeps its weights in bf16.
     """
 
     device: torch.device
@@ -67,6 +68,13 @@ class Runtime:
     def dtype(self) -> torch.dtype:
         """Compute dtype of the frozen networks."""
         return _DTYPES[self.precision]
+
+    def autocast(self, network: nn.Module) -> None:
+        """Make a network whose weights or inputs may be float32 compute in `dtype`, wherever it is called from.
+
+        Matrix products and convolutions do; norms, sums and the gradients of float32 weights stay float32.
+        """
+        network.forward = torch.autocast(self.device.type, self.dtype)(network.forward)
 
     def seed_model(self, seed: int, step: int, micro: int) -> None:
         """Seed torch's own generators, which only dropout inside the networks uses, as a function of the position."""

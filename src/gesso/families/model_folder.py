@@ -78,9 +78,11 @@ def with_trained(family: Family, folder: Path, *, dtype: torch.dtype, device: to
     Raises `UserError` where a trained network cannot be read.
     """
     denoiser, *encoders = family.part_names
-    parts = family.load(("vae", "text"), dtype=dtype, device=device)
+    trained = (folder / denoiser).is_dir()
+    parts = family.load(("vae", "text", *(() if trained else ("denoiser",))), dtype=dtype, device=device)
     with without_bars():
-        parts.denoiser = _frozen(folder / denoiser, denoiser, dtype, device)
+        if trained:
+            parts.denoiser = _frozen(folder / denoiser, denoiser, dtype, device)
         for i, name in enumerate(encoders):
             if (folder / name).is_dir():
                 parts.text_encoders[i] = _frozen(folder / name, name, dtype, device)

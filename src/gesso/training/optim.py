@@ -20,7 +20,7 @@ from gesso.training.muon import MuonAdamW, is_matrix
 
 @dataclass(frozen=True)
 class FlatGroup:
-    """The parameters of one part, laid end to end in `flat` ([n] float32), which also holds their gradient."""
+    """The parameters of one part, laid end to end in `flat` ([n], in their type), which also holds their gradient."""
 
     part: str
     learning_rate: float
@@ -69,7 +69,8 @@ def flat_group(
 
 def gradient_norm(groups: Sequence[FlatGroup]) -> Tensor:
     """The 2-norm over all groups, a float32 scalar on the device."""
-    return torch.stack([group.gradient.norm() for group in groups]).norm()
+    norms = [torch.linalg.vector_norm(group.gradient, dtype=torch.float32) for group in groups]
+    return torch.stack(norms).norm()
 
 
 def clip(groups: Sequence[FlatGroup], norm: float, limit: float) -> None:

@@ -7,13 +7,15 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
+from gesso.adapters import Full
 from gesso.config.run import RunConfig
 from gesso.core.runtime import Runtime
 from gesso.core.seams import Attached, Parts
 from gesso.errors import UserError
-from gesso.training import memory, optim
+from gesso.training import memory, optim, rounding
 from gesso.training.checkpoint import Snapshot
 from gesso.training.ema import Average
 from gesso.training.loop import Learner
@@ -37,13 +39,18 @@ class Session:
         With `fresh` the adapter reads what it starts from; without, `restore` comes next.
         """
         rates = text_encoder_rates(run)
-        parts.denoiser = run.model.load({"denoiser"}, dtype=runtime.dtype, device=runtime.device).denoiser
+        dtype = denoiser_type(run, runtime)
+        parts.denoiser = run.model.load({"denoiser"}, dtype=dtype, device=runtime.device).denoiser
         memory.prepare(parts, run.training)
-        adapter = run.adapter.attach(
+        spec = run.adapter.at(run.training.learning_rate) if isinstance(run.adapter, Full) else run.adapter
+        adapter = spec.attach(
             parts, run.model, seed=run.seed, text_encoders=tuple(rates), reference=run.objective.reference
         )
         if fresh:
             adapter.begin()
+        if {dtype, text_type(run, runtime)} != {runtime.dtype}:
+            for network in (parts.denoiser, *parts.text_encoders):
+                runtime.autocast(network)
         denoiser, *encoders = run.model.part_names
         rate_of = {denoiser: run.training.learning_rate} | {encoders[i]: rate for i, rate in rates.items()}
         groups = [
@@ -52,7 +59,7 @@ class Session:
         ]
         learner = Learner(
             groups=groups,
-            optimizer=optim.build(run.training.optimizer, groups),
+            optimizer=rounding.build(run.training.optimizer, groups, seed=run.seed),
             average=Average(run.training.ema, groups) if run.training.ema.enabled else None,
             scaler=runtime.scaler(),
             after_step=adapter.after_step,
@@ -87,6 +94,8 @@ class Session:
         if learner.scaler.is_enabled() and saved.position["scaler"]:
             learner.scaler.load_state_dict(saved.position["scaler"])
         learner.step = saved.step
+        if isinstance(learner.optimizer, rounding.Rounded):
+            learner.optimizer.finished = saved.step
 
     def release(self) -> None:
         """Let go of the networks once training is over."""
@@ -125,3 +134,17 @@ def text_encoder_rates(run: RunConfig) -> dict[int, float]:
         )
     each = rates * count if len(rates) == 1 else rates
     return {i: rate for i, rate in enumerate(each) if rate > 0}
+
+
+def denoiser_type(run: RunConfig, runtime: Runtime) -> torch.dtype:
+    """What the denoiser is loaded in: weights that train themselves in the type they are kept in."""
+    if isinstance(run.adapter, Full) and run.adapter.at(run.training.learning_rate).train_denoiser:
+        return run.adapter.dtype()
+    return runtime.dtype
+
+
+def text_type(run: RunConfig, runtime: Runtime) -> torch.dtype:
+    """The same for the text encoders, all of them alike."""
+    if isinstance(run.adapter, Full) and text_encoder_rates(run):
+        return run.adapter.dtype()
+    return runtime.dtype

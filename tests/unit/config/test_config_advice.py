@@ -241,13 +241,6 @@ def test_full_fine_tuning_counts_every_weight(run: Callable[..., RunConfig]) -> 
     assert muon.checkpoint_bytes < denoiser * 12
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_full_fine_tuning_in_16_bits_is_an_error(run: Callable[..., RunConfig], precision: str) -> None:
-    errors = found(advice.check(run(*FULL, f"training.precision={precision}")), "error")
-    assert "float32 of its weights" in errors["training.precision"]
-    assert "write fp32" in errors["training.precision"]
-
-
 def test_rates_of_a_full_fine_tune(tiny_base: Path, run: Callable[..., RunConfig]) -> None:
     warnings = found(advice.check(run(*FULL, "training.learning_rate=1e-3")), "warning")
     assert "very high for a full fine-tune -> 1e-5 is usual" in warnings["training.learning_rate"]

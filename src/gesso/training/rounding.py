@@ -1,0 +1,93 @@
+"""bf16 weights that learn.
+
+An update below 1/256 of a weight is lost when the sum is rounded to the nearest bf16. Here every update is computed in
+float32 and then rounded up or down at random, up the more often the closer it is: right on average, so that small
+updates add up (stochastic rounding; Zamirai et al. 2020, arXiv:2010.06192). The draws are keyed by (seed, step), so a
+resumed run makes the same ones. Only one piece of the weights is in float32 at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gesso.config.run import Optimizer
+from gesso.core.random import key
+from gesso.training import optim
+from gesso.training.optim import FlatGroup
+
+PIECE = 2**24
+"""Weights that are updated at once: 64 MiB in float32."""
+
+
+def build(spec: Optimizer, groups: Sequence[FlatGroup], *, seed: int) -> torch.optim.Optimizer:
+    """The optimiser of the run file over these groups, with stochastic rounding where their weights are bf16."""
+    if all(group.flat.dtype == torch.float32 for group in groups):
+        return optim.build(spec, groups)
+    return Rounded(spec, groups, seed=seed)
+
+
+def stochastic(values: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 -> bf16, one of the two neighbours, drawn so that the mean of many draws is the value.
+
+    A value that bf16 has stays as it is. The 16 bits that are cut off are the chance of the neighbour away from 0.
+    """
+    bits = values.contiguous().view(torch.int32)
+    noise = torch.empty_like(bits).random_(0, 1 << 16, generator=generator)
+    return noise.add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32).to(torch.bfloat16)
+
+
+class Rounded(torch.optim.Optimizer):
+    """An element-wise optimiser over bf16 groups, piece by piece in float32; what it remembers is float32 too."""
+
+    def __init__(self, spec: Optimizer, groups: Sequence[FlatGroup], *, seed: int) -> None:
+        self.finished = 0
+        """Updates made so far, which key the draws; set it when going on from a checkpoint."""
+        self._seed = seed
+        self._pieces = [piece for group in groups for piece in _cut(group)]
+        self._members = [optim.build(spec, [piece.group]) for piece in self._pieces]
+        for piece, member in zip(self._pieces, self._members, strict=True):
+            member.param_groups[0]["names"] = [piece.name]
+        sets = [settings for member in self._members for settings in member.param_groups]
+        super().__init__(sets, {})
+        # The groups and the state themselves and not copies: rates are set here, and state saved from here.
+        self.param_groups = sets
+        for member in self._members:
+            member.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """One update of everything."""
+        loss = None if closure is None else closure()
+        for piece, member in zip(self._pieces, self._members, strict=True):
+            generator = torch.Generator(piece.weights.device)
+            generator.manual_seed(key(self._seed, "rounding", self.finished, piece.name) & 0xFFFFFFFF)
+            piece.update(member.step, generator)
+        self.finished += 1
+        return loss
+
+
+class _Piece:
+    """Some consecutive weights of a group, and the parameter that an optimiser sees in their place."""
+
+    def __init__(self, group: FlatGroup, weights: Tensor, gradient: Tensor, name: str) -> None:
+        self.name, self.weights, self._gradient = name, weights, gradient
+        # It has the weights' shape and device at any time, and memory only during an update.
+        self._empty = torch.empty(1, device=weights.device).expand(weights.shape)
+        self._values = nn.Parameter(self._empty)
+        self.group = FlatGroup(group.part, group.learning_rate, self._values, (name,), (weights.shape,))
+
+    def update(self, step: Callable[[], Any], generator: torch.Generator) -> None:
+        self._values.data, self._values.grad = self.weights.float(), self._gradient.float()
+        step()
+        self.weights.copy_(stochastic(self._values.data, generator))
+        self._values.data, self._values.grad = self._empty, None
+
+
+def _cut(group: FlatGroup) -> Iterator[_Piece]:
+    weights, gradients = group.flat.detach().split(PIECE), group.gradient.split(PIECE)
+    for i, (piece, gradient) in enumerate(zip(weights, gradients, strict=True)):
+        yield _Piece(group, piece, gradient, f"{group.part}.{i}")
