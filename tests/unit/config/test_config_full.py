@@ -46,8 +46,10 @@ def numbers(found: Advice) -> Forecast:
 def bytes_each(made: RunConfig, other: RunConfig) -> float:
     """How much more memory the one takes, a parameter of the UNet."""
     one, two = forecast(made), forecast(other)
-    assert one is not None and one.memory_bytes is not None
-    assert two is not None and two.memory_bytes is not None
+    assert one is not None
+    assert one.memory_bytes is not None
+    assert two is not None
+    assert two.memory_bytes is not None
     return (one.memory_bytes - two.memory_bytes) / UNET
 
 
