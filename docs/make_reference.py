@@ -67,7 +67,8 @@ def text() -> str:
 
 def _sections() -> Iterator[str]:
     yield _section("Top level", RunConfig, "")
-    yield from _inner(RunConfig, "")
+    # Kinds of a section may have inner sections in common, which stand once.
+    yield from dict.fromkeys(_inner(RunConfig, ""))
 
 
 def _inner(model: type[BaseModel], prefix: str) -> Iterator[str]:

@@ -153,16 +153,16 @@ MORE = (
     ),
     Fault(
         "min-SNR inverted",
-        "core/noise.py",
-        "clipped = snr.clamp(max=min_snr_gamma)",
-        "clipped = snr.clamp(min=min_snr_gamma)",
+        "core/weighting.py",
+        "return snr.clamp(max=self.gamma)",
+        "return snr.clamp(min=self.gamma)",
         (STEP_LOSS, f"{ORACLES}/test_oracle_noise.py::test_min_snr_weights"),
     ),
     Fault(
         "min-SNR of v-prediction divided by SNR, not SNR + 1",
-        "core/noise.py",
-        'if self.prediction == "epsilon" else snr + 1',
-        'if self.prediction == "epsilon" else snr',
+        "core/weighting.py",
+        "return snr + 1",
+        "return snr",
         (f"{ORACLES}/test_oracle_noise.py",),
     ),
     Fault(
@@ -317,8 +317,8 @@ MORE = (
     Fault(
         "a picture's mask ignored in the loss",
         "objectives/denoise.py",
-        "batch.mask)\n        return per_sample",
-        "None)\n        return per_sample",
+        "self._mean(apart, batch.mask)",
+        "self._mean(apart, None)",
         ("tests/unit/test_masked_loss.py",),
     ),
     Fault(

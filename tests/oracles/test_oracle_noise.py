@@ -9,6 +9,7 @@ import torch
 from rig import PREDICTIONS, SDXL_SCHEDULER, FunctionPolicy, ddpm, make_batch, normal
 
 from gesso.core.noise import DDPM, zero_terminal_snr
+from gesso.core.weighting import MinSNR
 from gesso.errors import UserError
 from gesso.objectives import Denoise
 
@@ -122,18 +123,18 @@ def test_snr(zero_snr: bool) -> None:
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 5.0, 20.0, 1e9])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_min_snr_weights(prediction: str, gamma: float) -> None:
-    found = ddpm(prediction).weight(T, min_snr_gamma=gamma)
+    found = ddpm(prediction).weight(T, MinSNR(gamma=gamma) if gamma else None)
     assert found.dtype == torch.float32
     assert formulas.relative(found.double().numpy(), formulas.min_snr_weight(ABAR, gamma, prediction)) < 1e-6
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_no_gamma_is_plain_mse(prediction: str) -> None:
-    assert torch.equal(ddpm(prediction).weight(T, min_snr_gamma=None), torch.ones(1000))
+    assert torch.equal(ddpm(prediction).weight(T), torch.ones(1000))
 
 
 def test_infinite_gamma_is_plain_mse_for_noise() -> None:
-    assert torch.equal(ddpm().weight(T, min_snr_gamma=float("inf")), torch.ones(1000))
+    assert torch.equal(ddpm().weight(T, MinSNR(gamma=1e9)), torch.ones(1000))
 
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0, 20.0])
@@ -182,7 +183,7 @@ def test_zero_terminal_last_step_is_pure_noise() -> None:
 
 @pytest.mark.parametrize("gamma", [None, 1.0, 5.0, 1e9])
 def test_zero_terminal_weights_are_finite_and_of_the_rescaled_table(gamma: float | None) -> None:
-    found = ddpm("v_prediction", zero_snr=True).weight(T, min_snr_gamma=gamma).double().numpy()
+    found = ddpm("v_prediction", zero_snr=True).weight(T, MinSNR(gamma=gamma) if gamma else None).double().numpy()
     assert np.isfinite(found).all()
     if gamma is not None:
         wanted = formulas.min_snr_weight(ABAR_ZERO, gamma, "v_prediction")

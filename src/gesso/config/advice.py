@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from gesso.adapters import Full
-from gesso.config import advice_images
+from gesso.config import advice_images, objective_rules
 from gesso.config.findings import Finding
 from gesso.config.findings import error as _error
 from gesso.config.findings import warning as _warning
@@ -21,7 +22,6 @@ from gesso.config.forecast import GIB, Counted, Forecast, Machine, forecast, ful
 from gesso.config.run import RunConfig
 from gesso.core import resolve
 from gesso.errors import Problems, UserError
-from gesso.objectives import Denoise
 
 __all__ = ["Advice", "Counted", "Finding", "Forecast", "Machine", "check"]
 
@@ -82,10 +82,12 @@ def _model(run: RunConfig) -> Iterator[Finding]:
 
 def cell_size(run: RunConfig) -> int:
     """Pixels per latent cell; SDXL's 8 where the model is not on this machine."""
-    model = run.model
-    packaged = model.base.startswith(resolve.PACKAGED)
-    local = (packaged or Path(model.base).is_dir()) and (model.vae is None or Path(model.vae).exists())
-    return model.latent_factor if local else 8
+    local = _is_local(run) and (run.model.vae is None or Path(run.model.vae).exists())
+    return run.model.latent_factor if local else 8
+
+
+def _is_local(run: RunConfig) -> bool:
+    return run.model.base.startswith(resolve.PACKAGED) or Path(run.model.base).is_dir()
 
 
 def _sizes(run: RunConfig) -> Iterator[Finding]:
@@ -221,10 +223,15 @@ def _prompts(run: RunConfig) -> Iterator[Finding]:
         yield _warning("preview.prompts", "a prompt is empty")
 
 
+def _objective(run: RunConfig) -> Iterator[Finding]:
+    known: str | None = run.model.prediction
+    if known is None and _is_local(run):
+        with contextlib.suppress(UserError):  # `_model` says what is wrong with it
+            known = run.model.predicts
+    yield from objective_rules.findings(run, predicts=known)
+
+
 def _settings(run: RunConfig) -> Iterator[Finding]:
-    gamma = run.objective.min_snr_gamma if isinstance(run.objective, Denoise) else None
-    if gamma is not None and gamma > 100:
-        yield _warning("objective.min_snr_gamma", f"{gamma:g} clips nothing worth clipping", "5 is usual")
     if run.data.captions.dropout > 0.5:
         what = f"{run.data.captions.dropout:.0%} of the captions are dropped"
         yield _warning("data.captions.dropout", what, "0.05 to 0.1 is usual")
@@ -295,5 +302,5 @@ def _about_machine(run: RunConfig, numbers: Forecast, machine: Machine) -> Itera
 
 _RULES: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
     *advice_images.RULES,
-    *(_model, _sizes, _rates, _full, _packages, _output, _prompts, _settings),
+    *(_model, _sizes, _rates, _full, _packages, _output, _prompts, _objective, _settings),
 )

@@ -41,6 +41,7 @@ class Batch:
     rejected [B, C, h, w] float32, the picture of each pair that was not preferred, in the same crop; None without pairs
     roles    "instance" or "prior" for each sample
     counts   samples of each role in the whole optimiser step, over all its batches and processes
+    held_out whether these are validation pictures, at an even grid of u
     """
 
     latents: torch.Tensor
@@ -56,6 +57,7 @@ class Batch:
     rejected: torch.Tensor | None = None
     roles: tuple[str, ...] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
+    held_out: bool = False
 
     def __len__(self) -> int:
         return len(self.captions)

@@ -1,18 +1,21 @@
 """Forward processes. Schedules live in float64, what reaches the network in float32, whatever the model's dtype is.
 
-DDPM: Ho et al. 2020 (arXiv:2006.11239); v-prediction: Salimans & Ho 2022 (2202.00512); min-SNR: Hang et al. 2023
-(2303.09556); zero terminal SNR: Lin et al. 2024 (2305.08891).
+DDPM: Ho et al. 2020 (arXiv:2006.11239); v-prediction: Salimans & Ho 2022 (2202.00512); zero terminal SNR: Lin et al.
+2024 (2305.08891); rectified flow: Liu et al. 2023 (2209.03003), Esser et al. 2024 (2403.03206).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
+from gesso.core.seams import Place
+from gesso.core.weighting import Unweighted, Weighting
 from gesso.errors import UserError
 
 Prediction = Literal["epsilon", "v_prediction"]
@@ -73,10 +76,23 @@ class DDPM:
         """Number of timesteps, T."""
         return len(self.alphas_cumprod)
 
-    def sample_t(self, u: Tensor, *, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """Integer timesteps [B] from uniforms u [B] in [0, 1): even over [low T, high T), at least one timestep."""
+    def sample_t(
+        self,
+        u: Tensor,
+        *,
+        low: float = 0.0,
+        high: float = 1.0,
+        place: Place | None = None,
+        cells: int | None = None,  # noqa: ARG002
+    ) -> Tensor:
+        """Integer timesteps [B] from uniforms u [B] in [0, 1): over [low T, high T), at least one timestep.
+
+        They are even, or as `place` has them; the size of the picture makes no difference.
+        """
         first = min(round(low * self.steps), self.steps - 1)
         last = max(round(high * self.steps), first + 1)
+        if place is not None:
+            u = place(u, first / self.steps, last / self.steps)
         return (first + torch.floor(u * (last - first)).long()).clamp_(max=last - 1)
 
     def corrupt(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -91,22 +107,33 @@ class DDPM:
         signal, sigma = self._coefficients(t, latents)
         return signal * noise.float() - sigma * latents.float()
 
+    def clean(self, noisy: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
+        """The x_0 that an answer says, [B, ...] float32: (x_t - s n) / a, or a x_t - s v."""
+        signal, sigma = self._coefficients(t, noisy)
+        if self.prediction == "epsilon":
+            return (noisy.float() - sigma * prediction.float()) / signal
+        return signal * noisy.float() - sigma * prediction.float()
+
+    def level(self, t: Tensor) -> Tensor:
+        """t as a fraction of the range, [B] float32."""
+        return t.float() / self.steps
+
     def snr(self, t: Tensor) -> Tensor:
         """a^2 / s^2, [B] float64 on the CPU; 0 at a zero-terminal last step."""
-        a2 = self.alphas_cumprod[t.cpu()]
-        return a2 / (1 - a2)
+        return self._snr[t.cpu()]
 
-    def weight(self, t: Tensor, *, min_snr_gamma: float | None = None) -> Tensor:
-        """Loss weight [B] float32: 1, or the min-SNR weight of this prediction type.
+    def by_snr(self, t: Tensor, rule: Callable[[Tensor], Tensor]) -> Tensor:
+        """A function of the signal-to-noise ratio, reckoned in float64: [B] float32."""
+        return self._look_up(rule(self._snr), t)
 
-        min-SNR weighs the error in x_0 by min(SNR, gamma). Expressed on the error in noise that is
-        min(SNR, gamma) / SNR, and on the error in v min(SNR, gamma) / (SNR + 1).
-        """
-        if min_snr_gamma is None:
-            return torch.ones(t.shape, dtype=torch.float32, device=t.device)
-        snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
-        clipped = snr.clamp(max=min_snr_gamma)
-        return self._look_up(clipped / (snr if self.prediction == "epsilon" else snr + 1), t)
+    def weight(self, t: Tensor, rule: Weighting | None = None) -> Tensor:
+        """Loss weight [B] float32 of a rule, for what this model predicts; none: 1."""
+        rule = rule or Unweighted()
+        return self.by_snr(t, lambda snr: rule.on_answer(snr, self.prediction))
+
+    @property
+    def _snr(self) -> Tensor:
+        return self.alphas_cumprod / (1 - self.alphas_cumprod)
 
     def _coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         shape = (-1, *[1] * (like.ndim - 1))
@@ -116,6 +143,90 @@ class DDPM:
     def _look_up(self, table: Tensor, t: Tensor) -> Tensor:
         """Entries of a float64 table as float32 on t's device, which may not know float64."""
         return table.float().to(t.device)[t]
+
+
+@dataclass(frozen=True)
+class RectifiedFlow:
+    """A straight line from picture to noise: x_s = (1 - s) x_0 + s n; the answer is its direction, n - x_0.
+
+    A timestep is 1000 s, a float, and any s that is used is the one that the model is told. `shift` moves draws (and
+    never the process itself) towards more noise, s' = k s / (1 + (k - 1) s), and is "flux" where it depends on size.
+    """
+
+    shift: float | Literal["flux"] = 1.0
+    prediction: Literal["flow"] = "flow"
+
+    def sample_t(
+        self,
+        u: Tensor,
+        *,
+        low: float = 0.0,
+        high: float = 1.0,
+        place: Place | None = None,
+        cells: int | None = None,
+    ) -> Tensor:
+        """Timesteps [B] float32 from uniforms u [B], shifted, with low <= t / 1000 <= high.
+
+        `place` is how they are spread before the shift. `cells` is the number of latent cells of the picture, h w,
+        which a shift of "flux" needs.
+        """
+        k = self._shift(cells)
+        first, last = shifted(low, 1 / k), shifted(high, 1 / k)
+        share = u if place is None else place(u, first, last)
+        return (1000 * shifted(first + share * (last - first), k)).float()
+
+    def corrupt(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_s, [B, ...] float32."""
+        s = self._level(t, latents)
+        return (1 - s) * latents.float() + s * noise.float()
+
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:  # noqa: ARG002
+        """n - x_0, the same at all timesteps."""
+        return noise.float() - latents.float()
+
+    def clean(self, noisy: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
+        """The x_0 that an answer says, [B, ...] float32: x_s - s (n - x_0)."""
+        return noisy.float() - self._level(t, noisy) * prediction.float()
+
+    def level(self, t: Tensor) -> Tensor:
+        """s, [B] float32."""
+        return t.float() / 1000
+
+    def snr(self, t: Tensor) -> Tensor:
+        """((1 - s) / s)^2, [B] float64 where t's device knows that; below s = 1e-6 it is what it is there."""
+        s = (t if t.device.type == "mps" else t.double()) / 1000
+        return ((1 - s) / s.clamp(min=1e-6)).square()
+
+    def by_snr(self, t: Tensor, rule: Callable[[Tensor], Tensor]) -> Tensor:
+        """A function of the signal-to-noise ratio, [B] float32."""
+        return rule(self.snr(t)).float()
+
+    def weight(self, t: Tensor, rule: Weighting | None = None) -> Tensor:
+        """Loss weight [B] float32 of a rule; none: 1."""
+        rule = rule or Unweighted()
+        return self.by_snr(t, lambda snr: rule.on_answer(snr, "flow"))
+
+    def _shift(self, cells: int | None) -> float:
+        if self.shift != "flux":
+            return self.shift
+        assert cells is not None, "a shift that depends on the size is asked for without one"
+        return flux_shift(cells // 4)
+
+    def _level(self, t: Tensor, like: Tensor) -> Tensor:
+        return self.level(t).view(-1, *[1] * (like.ndim - 1))
+
+
+Number = TypeVar("Number", float, Tensor)
+
+
+def shifted(s: Number, k: float) -> Number:
+    """Noise levels moved towards more noise for k > 1; a shift by 1 / k undoes it (Esser et al. 2024, equation 23)."""
+    return k * s / (1 + (k - 1) * s)
+
+
+def flux_shift(tokens: int) -> float:
+    """FLUX's shift for a picture of so many packed tokens: e^mu, with mu linear from 0.5 at 256 to 1.15 at 4096."""
+    return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
 
 
 def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from gesso.core.weighting import Weighting
+
 Cond = dict[str, "Tensor"]
 """What a denoiser is conditioned on; opaque outside its family. Every value is [B, ...]."""
 
@@ -84,19 +86,40 @@ class Parts:
     tokenizers: list[Any] = field(default_factory=list)
 
 
+Place = Callable[["Tensor", float, float], "Tensor"]
+"""(u, low, high) -> where in the stretch from low to high a draw lies, as a share of it; see `core.timesteps.place`."""
+
+
 class Noise(Protocol):
     """A forward process: how a latent is corrupted and what the denoiser is asked for. All in float32."""
 
-    def sample_t(self, u: Tensor, *, low: float, high: float) -> Tensor:
-        """Timesteps [B] from uniform numbers u [B]; low and high bound the range as fractions of it."""
+    def sample_t(
+        self, u: Tensor, *, low: float = 0.0, high: float = 1.0, place: Place | None = None, cells: int | None = None
+    ) -> Tensor:
+        """Timesteps [B] from uniform numbers u [B]; low and high bound the range as fractions of it.
+
+        `place` says how they are spread where it is not evenly; `cells` is the number of latent cells of the picture.
+        """
         ...
 
     def corrupt(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
 
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
 
-    def weight(self, t: Tensor, *, min_snr_gamma: float | None) -> Tensor:
-        """Loss weight [B]."""
+    def clean(self, noisy: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
+        """The latent that an answer of the denoiser says was corrupted; differentiable."""
+        ...
+
+    def level(self, t: Tensor) -> Tensor:
+        """Timesteps as fractions of the range [B]: 0 = least noise, 1 = most."""
+        ...
+
+    def by_snr(self, t: Tensor, rule: Callable[[Tensor], Tensor]) -> Tensor:
+        """A function of the signal-to-noise ratio at these timesteps, [B]."""
+        ...
+
+    def weight(self, t: Tensor, rule: Weighting | None = None) -> Tensor:
+        """Loss weight [B] of a rule for what this process asks of the denoiser; without one it is 1."""
         ...
 
 

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
+from dataclasses import replace
 from typing import TYPE_CHECKING, overload
 
 import torch
@@ -67,7 +68,7 @@ class Loader:
 
         def batch(i: int) -> Batch:
             visits, k = groups[i]
-            return self._batch(
+            made = self._batch(
                 visits,
                 samples=tuple(SampleKey(f"validation:{v.id}", k) for v in visits),
                 epoch=0,
@@ -75,6 +76,7 @@ class Loader:
                 weights=torch.ones(len(visits)),
                 counts=Counter[str](v.role for v in visits),
             )
+            return replace(made, held_out=True)
 
         return HeldOut(batch, len(groups))
 

@@ -15,7 +15,7 @@ from gesso.core import resolve
 from gesso.core.batch import Geometry
 from gesso.core.seams import Cond, Parts, Spec
 from gesso.errors import UserError
-from gesso.families import model_folder, single_file
+from gesso.families import model_folder, sampler, single_file
 from gesso.families.prompt_weights import emphasise, token_weights
 
 if TYPE_CHECKING:
@@ -60,6 +60,9 @@ class SDXL(Spec):
     gets the fp16-safe one (madebyollin/sdxl-vae-fp16-fix)."""
     prediction: Literal["epsilon", "v_prediction"] | None = None
     """What the denoiser predicts. Empty: read from the model."""
+    zero_terminal_snr: bool | None = None
+    """Rescale the noise schedule so that its last timestep is nothing but noise (Lin et al. 2024), in training and in
+    sampling; only for models that predict v. Empty: as the model's own schedule is."""
     long_prompts: Literal["truncate", "chunk"] = "truncate"
     """Prompts over 77 tokens: cut (and counted), or encoded in chunks of 75 that are joined."""
     max_chunks: int = Field(default=3, ge=1)
@@ -91,6 +94,11 @@ class SDXL(Spec):
         from gesso.core.noise import DDPM
 
         return DDPM.from_config(self._schedule)
+
+    @property
+    def predicts(self) -> str:
+        """What the denoiser predicts, by the run file or by the model's own files."""
+        return str(self._schedule.get("prediction_type", "epsilon"))
 
     def targets(self, preset: str) -> list[str]:
         """Module names that an adapter preset means in the UNet."""
@@ -147,7 +155,7 @@ class SDXL(Spec):
             tokenizer=tokenizers[0],
             tokenizer_2=tokenizers[1],
             unet=parts.denoiser,
-            scheduler=_scheduler(self._schedule),
+            scheduler=sampler.build(self._schedule),
             force_zeros_for_empty_prompt=bool(self._index.get("force_zeros_for_empty_prompt", True)),
             add_watermarker=False,
         )
@@ -336,6 +344,8 @@ class SDXL(Spec):
         found = self._json(self._config_root / "scheduler" / "scheduler_config.json")
         if self._root.is_file():
             found |= single_file.schedule(self._root)
+        if self.zero_terminal_snr is not None:
+            found |= single_file.ZERO_TERMINAL_SNR if self.zero_terminal_snr else {"rescale_betas_zero_snr": False}
         return found if self.prediction is None else found | {"prediction_type": self.prediction}
 
     def _json(self, path: Path) -> dict[str, Any]:
@@ -369,15 +379,3 @@ class SDXL(Spec):
         if place.is_file():
             return single_file.read(place, part, config=self._config_root, dtype=dtype)
         return model_folder.read(place, part, variant=self._variant(part), dtype=dtype)
-
-
-def _scheduler(config: dict[str, Any]) -> Any:
-    """The sampler that a scheduler_config.json names."""
-    import diffusers
-
-    name = config.get("_class_name", "EulerDiscreteScheduler")
-    kind = getattr(diffusers, name) if name in dir(diffusers) else None
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-        raise UserError(f"diffusers has no sampler '{name}'", where="scheduler_config.json", fix="update diffusers")
-    sampler: Any = kind
-    return sampler.from_config(config)

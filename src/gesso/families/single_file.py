@@ -21,7 +21,7 @@ _PREFIXES = {
     "text_encoder_2": "conditioner.embedders.1.model.",
 }
 _V_PREDICTION = {"prediction_type": "v_prediction"}
-_ZERO_TERMINAL_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+ZERO_TERMINAL_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 
 def check(file: Path, parts: Collection[str]) -> None:
@@ -60,7 +60,7 @@ def schedule(file: Path) -> dict[str, Any]:
     if "v_pred" in keys or metadata.get("modelspec.prediction_type") == "v":
         found |= _V_PREDICTION
     if "ztsnr" in keys:
-        found |= _ZERO_TERMINAL_SNR
+        found |= ZERO_TERMINAL_SNR
     return found
 
 

@@ -55,6 +55,33 @@ def test_zero_terminal_snr_goes_with_v_prediction_only(tiny_base: Path, tmp_path
     assert family.pipeline(load(family, ())).scheduler.config.rescale_betas_zero_snr
 
 
+def test_zero_terminal_snr_of_the_run_file(tiny_base: Path, tmp_path: Path) -> None:
+    """Training and sampling both have the rescaled schedule, and false takes it from a model that has it."""
+    on = SDXL(base=str(tiny_base), prediction="v_prediction", zero_terminal_snr=True)
+    plain = SDXL(base=str(tiny_base), prediction="v_prediction")
+    assert float(on.noise.alphas_cumprod[-1]) == 0 < float(plain.noise.alphas_cumprod[-1])
+    assert float(on.noise.alphas_cumprod[0]) == pytest.approx(float(plain.noise.alphas_cumprod[0]), rel=1e-12)
+    sampler = on.pipeline(load(on, ())).scheduler
+    assert (sampler.config.rescale_betas_zero_snr, sampler.config.timestep_spacing) == (True, "trailing")
+    sampler.set_timesteps(4)
+    assert int(sampler.timesteps[0]) == 999, "sampling begins where there is no picture"
+    assert torch.allclose(sampler.alphas_cumprod[:-1], on.noise.alphas_cumprod[:-1].float(), rtol=1e-3)
+    base = changed(tiny_base, tmp_path, rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    off = SDXL(base=base, zero_terminal_snr=False)
+    assert torch.equal(off.noise.alphas_cumprod, plain.noise.alphas_cumprod)
+    assert not off.pipeline(load(off, ())).scheduler.config.rescale_betas_zero_snr
+    assert float(SDXL(base=base).noise.alphas_cumprod[-1]) == 0
+    with pytest.raises(UserError, match="cannot be trained with epsilon"):
+        _ = SDXL(base=str(tiny_base), zero_terminal_snr=True).noise
+
+
+def test_a_sampler_that_cannot_begin_at_a_zero_terminal_schedule(tiny_base: Path, tmp_path: Path) -> None:
+    base = changed(tiny_base, tmp_path, _class_name="PNDMScheduler")
+    family = SDXL(base=base, prediction="v_prediction", zero_terminal_snr=True)
+    with pytest.raises(UserError, match="PNDMScheduler cannot sample with a zero-terminal"):
+        family.pipeline(load(family, ()))
+
+
 @pytest.mark.parametrize("name", ["PaintScheduler", "UNet2DConditionModel", "__version__"])
 def test_a_sampler_that_diffusers_does_not_know(tiny_base: Path, tmp_path: Path, name: str) -> None:
     family = SDXL(base=changed(tiny_base, tmp_path, _class_name=name))
