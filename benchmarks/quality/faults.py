@@ -359,7 +359,7 @@ MORE = (
     ),
     Fault(
         "pictures of the rest of a bucket dropped",
-        "data/plan.py",
+        "data/order.py",
         "rests.append(shuffled[cut:])",
         "rests.append(shuffled[:0])",
         (f"{DATA}/test_data_buckets.py::TestOrder",),

@@ -120,8 +120,8 @@ MODEL = (
     Fault(
         "the last, short step of an epoch left out",
         "data/plan.py",
-        "return -(-len(self._repeats) // self.step_size)",
-        "return len(self._repeats) // self.step_size",
+        "return -(-len(self._order) // self.step_size)",
+        "return len(self._order) // self.step_size",
         (EPOCHS,),
         known=True,
     ),

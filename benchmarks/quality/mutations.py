@@ -28,7 +28,9 @@ from typing import Any, NoReturn
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # read when the libraries are imported
 
 import diffusers
+import hypothesis
 import peft
+import pydantic
 import pytest
 import torch
 from faults import ASKED, MORE, Fault
@@ -39,7 +41,7 @@ ROOT = HERE.parents[1]
 PACKAGE = ROOT / "src" / "gesso"
 PAGE = ROOT / "docs" / "quality.md"
 FAULTS = (*ASKED, *MORE)
-HEAVY = (torch.optim, peft.LoraConfig, diffusers.StableDiffusionXLPipeline, diffusers.DDPMScheduler)
+HEAVY = (torch.optim, peft.LoraConfig, diffusers.StableDiffusionXLPipeline, pydantic.BaseModel, hypothesis.given)
 """Named so that they are imported before the processes of the tests are forked."""
 
 
@@ -61,7 +63,9 @@ def main() -> int:
     faults = [f for f in every if not args.only or f.name in args.only]
     if not faults:
         parser.error(f"no such fault; there are: {'; '.join(f.name for f in every)}")
-    rows, seconds = run(faults)
+    with tempfile.TemporaryDirectory() as compiled:  # of the tests, once for all faults
+        sys.pycache_prefix, sys.dont_write_bytecode = compiled, False
+        rows, seconds = run(faults)
     if not args.only:
         from gesso.core.provenance import provenance  # not before: what a test process imports must be its copy's
 
@@ -183,7 +187,8 @@ def _pytest(folder: Path, report: Path, tests: Sequence[str]) -> NoReturn:
     if Path(gesso.__file__).resolve() != (folder / "gesso" / "__init__.py").resolve():
         print(f"the tests would run against {gesso.__file__}, not against the copy")
         os._exit(2)
-    code = int(pytest.main(["-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]))
+    options = ["-q", "-p", "no:cacheprovider", f"--basetemp={folder / 'tmp'}", f"--junitxml={report}"]
+    code = int(pytest.main([*options, *tests]))
     sys.stdout.flush()
     os._exit(code)
 
