@@ -125,8 +125,8 @@ UPDATE = (
     Fault(
         "the norms of the parts added, not their squares",
         "training/optim.py",
-        "for group in groups]).norm()",
-        "for group in groups]).sum()",
+        "torch.stack(norms).norm()",
+        "torch.stack(norms).sum()",
         (f"{OPTIM}::test_clipping_against_float64", WHOLE_RUN),
     ),
     Fault(
