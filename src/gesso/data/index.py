@@ -22,7 +22,7 @@ from gesso.data.places import Place
 from gesso.data.rows import SCHEMA, Row, Rows, Split
 from gesso.data.scans import Scan, scan
 from gesso.data.sources import forget, some
-from gesso.data.sources.found import Dropped
+from gesso.data.sources.found import Dropped, counted
 from gesso.data.sources.pairs import tell_dropped
 from gesso.errors import Problems, UserError
 
@@ -137,11 +137,15 @@ def _columns(source: Source, index: int, one: Scan) -> pa.Table:
 
 def _ids(table: pa.Table) -> pa.Array:
     """The picture's content; of a pair that of both, whichever was preferred, so that either order draws the same."""
-    if not Rows(table).pairs.any():
+    if not _paired(table):
         return table.column("image")
     images, rivals = (table.column(name).to_pylist() for name in ("image", "rejected_hash"))
     both = zip(images, rivals, strict=True)
     return pa.array([_digest("pair", *sorted(pair)) if pair[1] else pair[0] for pair in both], pa.string())
+
+
+def _paired(table: pa.Table) -> bool:
+    return bool(pc.any(pc.not_equal(table.column("rejected_hash"), "")).as_py())
 
 
 def _usable_pairs(tables: Sequence[pa.Table], scans: Sequence[Scan], data: Data, notices: list[str]) -> list[pa.Table]:
@@ -149,6 +153,8 @@ def _usable_pairs(tables: Sequence[pa.Table], scans: Sequence[Scan], data: Data,
     listed: list[pairs.Facts] = []
     places: list[tuple[int, int]] = []
     for i, one in enumerate(scans):
+        if not _paired(one.table):
+            continue
         held = i == len(data.sources)
         columns = (one.table.column(name).to_pylist() for name in _PAIR)
         for j, (caption, chosen, rejected, *sides) in enumerate(zip(*columns, strict=True)):
@@ -167,6 +173,9 @@ def _usable_pairs(tables: Sequence[pa.Table], scans: Sequence[Scan], data: Data,
         left = [Dropped(why, " and ".join(both[j])) for j, why in own.items()]
         source = data.sources[i].path if i < len(data.sources) else str(data.validation.path)
         tell_dropped(source, left, sum(a == i for a, _ in places), notices)
+    if sizes := sum(pair.size != pair.rejected_size for k, pair in enumerate(listed) if k not in dropped):
+        told = "both are fitted alike, and the size that SDXL is told is the preferred picture's"
+        notices.append(f"{counted(sizes, 'pair')} of one shape in two sizes: {told}")
     return kept
 
 
@@ -275,7 +284,7 @@ def _repeated(rows: pa.Table) -> list[str]:
             notices.append(f"both trained on and held out, so its validation loss means little: {some(paths)}")
     held = pc.sum(pc.equal(pc.cast(rows.column("split"), pa.string()), "validation")).as_py()
     if held:
-        things = "pairs" if Rows(rows).pairs.all() else "pictures"
+        things = "pairs" if _paired(rows) else "pictures"
         notices.append(f"{held} of {rows.num_rows} {things} {'is' if held == 1 else 'are'} held out for validation")
     return notices
 
@@ -285,7 +294,7 @@ _FACTS = ("id", "caption", "split", "weight", "repeats", "role", "concept", "mas
 
 def _fingerprint(rows: pa.Table) -> str:
     # Which picture of a pair won is in none of the others.
-    names = (*_FACTS, "image", "rejected_hash") if Rows(rows).pairs.any() else _FACTS
+    names = (*_FACTS, "image", "rejected_hash") if _paired(rows) else _FACTS
     columns = [pc.cast(rows.column(name), pa.string()) for name in names]
     found = hashlib.sha256()
     # In columns: a row at a time would take as long as all the rest of a scan that finds nothing new.

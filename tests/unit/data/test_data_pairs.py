@@ -204,6 +204,7 @@ class TestWhatTeachesNothing:
     def test_another_shape_is_left_out_and_never_stretched(self, tmp_path: Path) -> None:
         index = self.rows(tmp_path, ("2", "wide", "x"), ("wide", "2", "y"), ("half", "3", "smaller"))
         assert self.captions(index) == ["good", "smaller"]
+        assert "1 pair of one shape in two sizes: both are fitted alike" in "\n".join(index.notices)
         assert "2 of 4 pairs left out: the two pictures are not of one shape" in dropped(index)
 
     def test_a_smaller_one_where_nothing_may_be_enlarged(self, tmp_path: Path) -> None:
@@ -280,6 +281,20 @@ class TestIndex:
         after = build(data)
         assert read == ["prompt 1"]
         assert after.fingerprint != before.fingerprint
+
+    def test_a_picture_with_two_rivals_is_remembered_with_each(self, tmp_path: Path) -> None:
+        folder = tmp_path / "a"
+        for i in range(3):
+            noise(folder / f"{i}.png", i)
+        rows = [{"chosen": "0.png", "rejected": f"{i}.png", "caption": f"over {i}"} for i in (1, 2)]
+        jsonl(folder, *rows)
+        settle()
+        data = data_for(folder, cache=tmp_path / "c")
+        before = {row.caption: row.rejected_hash for row in build(data).rows}
+        jsonl(folder, *rows, {"chosen": "1.png", "rejected": "2.png", "caption": "new"})
+        after = {row.caption: row.rejected_hash for row in build(data).rows}
+        assert len(set(before.values())) == 2
+        assert {text: after[text] for text in before} == before
 
     def test_a_rival_that_cannot_be_read_is_named(self, tmp_path: Path) -> None:
         folder = table(tmp_path / "a", 3)

@@ -150,6 +150,11 @@ class TestTablesWithPictures:
         assert [one.why for one in seen.dropped] == [TIE, UNLABELLED]
         assert not seen.problems
 
+    def test_a_label_that_is_not_a_number_is_none(self, tmp_path: Path) -> None:
+        seen = look(parquet(tmp_path / "pairs.parquet", pick(2) | {"label_0": [float("nan"), 0.0]}))
+        assert contents(seen.records) == {"prompt 1": (101, 1)}
+        assert [one.why for one in seen.dropped] == [UNLABELLED]
+
     def test_parquet_with_named_columns(self, tmp_path: Path) -> None:
         columns = pick()
         renamed = {"chosen": columns["jpg_0"], "rejected": columns["jpg_1"], "caption": columns["caption"]}

@@ -63,6 +63,7 @@ class Found:
     refused: set[str] = field(default_factory=set)
     """Files and folders, as they are shown, of which a problem says already why they are not read."""
     dropped: list[Dropped] = field(default_factory=list)
+    """Pairs of which the source itself says that they cannot be trained on; a notice tells of them too."""
 
     def refuse(self, shown: str, what: str, *, fix: str) -> None:
         """A file or folder that is not read, and why."""
