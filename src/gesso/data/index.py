@@ -173,9 +173,9 @@ def _usable_pairs(tables: Sequence[pa.Table], scans: Sequence[Scan], data: Data,
         left = [Dropped(why, " and ".join(both[j])) for j, why in own.items()]
         source = data.sources[i].path if i < len(data.sources) else str(data.validation.path)
         tell_dropped(source, left, sum(a == i for a, _ in places), notices)
-    if sizes := sum(pair.size != pair.rejected_size for k, pair in enumerate(listed) if k not in dropped):
+    if uneven := sum(pair.size != pair.rejected_size for k, pair in enumerate(listed) if k not in dropped):
         told = "both are fitted alike, and the size that SDXL is told is the preferred picture's"
-        notices.append(f"{counted(sizes, 'pair')} of one shape in two sizes: {told}")
+        notices.append(f"{counted(uneven, 'pair')} of one shape in two sizes: {told}")
     return kept
 
 
