@@ -102,8 +102,8 @@ def _learn(
 
     def validate(step: int) -> None:
         if data.held_out:
-            loss = validation.measure(run.objective, session.policy, data.held_out, runtime)
-            tell(Validated(step, loss, len(data.held_out)))
+            values = validation.measure(run.objective, session.policy, data.held_out, runtime)
+            tell(Validated.of(step, values, samples=len(data.held_out)))
 
     def show(step: int) -> None:
         if data.previewer is not None:

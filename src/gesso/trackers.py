@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
@@ -84,10 +84,10 @@ class Jsonl:
             case RunStarted():
                 self._total = event.total_steps
             case StepDone():
-                _append(self._curves, "train", step=event.step, loss=event.loss, learning_rate=event.learning_rate)
+                _append(self._curves, "train", _columns(event.as_json()))
                 turning = False
             case Validated():
-                _append(self._curves, "validation", step=event.step, loss=event.loss)
+                _append(self._curves, "validation", _columns(event.as_json()))
             case Finished():
                 state = "finished"
             case Failed():
@@ -239,7 +239,7 @@ def _scalars(event: Event) -> dict[str, float]:
                 "memory/peak_bytes": event.memory,
             }
         case Validated():
-            return {"validation/loss": event.loss}
+            return {f"validation/{name}": value for name, value in event.values.items()}
         case _:
             return {}
 
@@ -261,7 +261,7 @@ def _log_line(event: Event) -> str:
                 f"step {event.step} loss {event.loss:.5f} lr {event.learning_rate:.3g} norm {event.gradient_norm:.4g}"
             )
         case Validated():
-            return f"step {event.step} validation loss {event.loss:.5f}"
+            return f"step {event.step} validation {', '.join(f'{k} {v:.5f}' for k, v in event.values.items())}"
         case Saved():
             return f"step {event.step} saved {event.path}"
         case PreviewReady():
@@ -279,8 +279,14 @@ def _log_line(event: Event) -> str:
 Curves = dict[str, dict[str, list[float]]]
 
 
-def _append(curves: Curves, group: str, *, step: int, loss: float, learning_rate: float | None = None) -> None:
-    columns = {"step": step, "loss": loss} | ({} if learning_rate is None else {"learning_rate": learning_rate})
+def _columns(row: Mapping[str, Any]) -> dict[str, float]:
+    """What the curves keep of a `StepDone` or `Validated` event as it stands in events.jsonl."""
+    if row["event"] == "StepDone":
+        return {name: row[name] for name in ("step", "loss", "learning_rate")}
+    return {"step": row["step"], "loss": row["loss"], **row.get("measures", {})}
+
+
+def _append(curves: Curves, group: str, columns: Mapping[str, float]) -> None:
     for name, value in columns.items():
         curves.setdefault(group, {}).setdefault(name, []).append(value)
 
@@ -305,9 +311,6 @@ def _curves(folder: RunFolder, *, before: int) -> Curves:
             continue  # the last line of a killed process may be cut
         if row.get("event") in {"StepDone", "Validated"} and row["step"] <= before:
             rows[row["event"], row["step"]] = row
-    for (event, step), row in sorted(rows.items()):
-        if event == "StepDone":
-            _append(curves, "train", step=step, loss=row["loss"], learning_rate=row["learning_rate"])
-        else:
-            _append(curves, "validation", step=step, loss=row["loss"])
+    for (event, _), row in sorted(rows.items()):
+        _append(curves, "train" if event == "StepDone" else "validation", _columns(row))
     return curves

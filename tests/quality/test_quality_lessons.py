@@ -44,7 +44,7 @@ def test_the_base_model_is_at_home_in_training(tmp_path: Path) -> None:
     folder.prepare()
     data = stages.prepare(run, folder, runtime, stages.ignore)
     session = Session.build(run, data.parts, runtime)
-    loss = validation.measure(run.objective, session.policy, data.held_out, runtime)
+    loss = validation.measure(run.objective, session.policy, data.held_out, runtime)["loss"]
     print(f"loss {loss:.4f}")
     assert loss <= AT_HOME
 

@@ -65,6 +65,21 @@ def test_events_metrics_status_and_log(folder: RunFolder) -> None:
     assert "step 3 validation loss 0.25" in (folder.logs / "train.log").read_text()
 
 
+def test_named_measures_have_curves_of_their_own_also_after_a_resume(folder: RunFolder) -> None:
+    with log(folder) as tell:
+        tell(Validated.of(0, {"loss": 0.7, "accuracy": 0.5}, samples=4))
+        tell(Validated.of(2, {"loss": 0.6, "accuracy": 0.75}, samples=4))
+        tell(Validated.of(4, {"loss": 0.1, "accuracy": 0.1}, samples=4))
+    with log(folder, started_at=2) as tell:
+        tell(Validated.of(4, {"loss": 0.5, "accuracy": 1.0}, samples=4))
+    metrics = json.loads(folder.metrics.read_text())
+    assert metrics["validation_step"] == [0, 2, 4]
+    assert metrics["validation_loss"] == [0.7, 0.6, 0.5]
+    assert metrics["validation_accuracy"] == [0.5, 0.75, 1.0]
+    assert "step 4 validation loss 0.50000, accuracy 1.00000" in (folder.logs / "train.log").read_text()
+    assert rows(folder)[-1]["measures"] == {"accuracy": 1.0}
+
+
 def test_a_line_cut_by_a_crash_does_not_swallow_the_next(folder: RunFolder) -> None:
     with log(folder) as tell:
         tell(step(1))
@@ -155,11 +170,12 @@ def test_tensorboard_holds_scalars_and_previews(folder: RunFolder) -> None:
     Image.new("RGB", (8, 8), "red").save(picture)
     with log(folder, TensorBoard()) as tell:
         tell(step(1, loss=0.75))
-        tell(Validated(1, 0.5, 4))
+        tell(Validated(1, 0.5, 4, {"margin": 2.0}))
         tell(PreviewReady(1, ("samples/00.png",), ("a photo",)))
     read = EventAccumulator(str(folder.logs)).Reload()
     assert [e.value for e in read.Scalars("train/loss")] == [0.75]
     assert [e.value for e in read.Scalars("validation/loss")] == [0.5]
+    assert [e.value for e in read.Scalars("validation/margin")] == [2.0]
     assert read.Scalars("speed/samples_per_second")[0].value == pytest.approx(4.0)
     assert len(read.Images("preview/0")) == 1
 

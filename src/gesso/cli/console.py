@@ -122,7 +122,8 @@ class Console:
                 self._advance("training", event.step, self._tally.total, self._tally.figures())
             case Validated():
                 self._tally.held_out.append((event.step, event.loss))
-                self._line(f"step {event.step}: validation loss {event.loss:.4f} on {event.samples} measurements")
+                figures = ", ".join(f"{name} {value:.4f}" for name, value in event.values.items())
+                self._line(f"step {event.step}: validation {figures} on {event.samples} measurements")
             case PreviewReady():
                 self._line(f"step {event.step}: previews: {', '.join(event.files)}")
             case Saved():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,10 +54,21 @@ class StepDone(Event):
 
 @dataclass(frozen=True)
 class Validated(Event):
-    """The held-out loss, on noise and timesteps that never change."""
+    """The held-out loss, on noise and timesteps that never change, and the objective's other measures by name."""
 
     loss: float
     samples: int
+    measures: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, step: int, values: Mapping[str, float], *, samples: int) -> Validated:
+        """From means by name, `loss` among them."""
+        return cls(step, values["loss"], samples, {k: v for k, v in values.items() if k != "loss"})
+
+    @property
+    def values(self) -> dict[str, float]:
+        """All means by name, the loss among them."""
+        return {"loss": self.loss, **self.measures}
 
 
 @dataclass(frozen=True)

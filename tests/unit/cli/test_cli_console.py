@@ -49,7 +49,7 @@ def play(console: Console, *, steps: int = 100) -> None:
         console.handle(Validated(50, loss=0.3, samples=4))
         console.handle(PreviewReady(50, files=("a.png", "b.png"), prompts=("a", "b")))
         console.handle(Saved(100, path="runs/x/checkpoint-100", seconds=0.25))
-        console.handle(Validated(100, loss=0.4, samples=4))
+        console.handle(Validated(100, loss=0.4, samples=4, measures={"accuracy": 0.75}))
         outputs = {"checkpoint": "runs/x/checkpoint-100"}
         console.handle(Finished(100, seconds=3725.0, peak_memory=5 * 2**30, outputs=outputs))
 
@@ -69,6 +69,7 @@ def test_plain_lines_tell_everything_without_escape_codes(monkeypatch: pytest.Mo
     assert steps[0].startswith("training 5/100  loss 0.5000 (smooth 0.5940)")
     assert "lr 1.00e-04  2.00 samples/s  waiting for data 25%  3.0 GiB  left 3:10" in steps[0]
     assert "warning: something [odd] happened" in lines
+    assert "step 100: validation loss 0.4000, accuracy 0.7500 on 4 measurements" in lines
     assert "step 50: previews: a.png, b.png" in lines
     assert "step 100: saved runs/x/checkpoint-100 in 0.2 s" in lines
     end = lines[lines.index("done: 100 steps in 1:02:05, peak memory 5.0 GiB") :]
