@@ -30,7 +30,7 @@ from gesso.export import hub, lora, pipeline
 from gesso.export.lora import About, Format
 from gesso.prepare import Prepared, prepare
 from gesso.trackers import RunLog
-from gesso.training import checkpoint, loop, validation
+from gesso.training import checkpoint, loop, optim
 from gesso.training import resume as continuity
 from gesso.training.checkpoint import Snapshot
 from gesso.training.loop import Action
@@ -59,6 +59,7 @@ def train(run: RunConfig, *, resume: str | None = None, accept: Collection[str] 
         started_at = start.step if start else 0
         with RunLog(folder, run.trackers, name=run.name, started_at=started_at, stopping=stopping, emit=emit) as tell:
             runtime = Runtime.detect(run.training.precision, run.training.device)
+            optim.require(run.training.optimizer, device=runtime.device.type)
             data = prepare(run, folder, runtime, tell)
             identity = continuity.identity(run, hashes=data.hashes)
             if start is not None:
@@ -102,8 +103,7 @@ def _learn(
 
     def validate(step: int) -> None:
         if data.held_out:
-            values = validation.measure(run.objective, session.policy, data.held_out, runtime)
-            tell(Validated.of(step, values, samples=len(data.held_out)))
+            tell(Validated.of(step, session.measure(data.held_out, runtime), samples=len(data.held_out)))
 
     def show(step: int) -> None:
         if data.previewer is not None:

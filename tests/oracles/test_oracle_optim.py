@@ -9,7 +9,8 @@ import torch
 from rig import normal
 from torch import nn
 
-from gesso.config.run import EMA, Optimizer
+from gesso.config.optimizer import Optimizer
+from gesso.config.run import EMA
 from gesso.training import optim
 from gesso.training.ema import Average
 from gesso.training.optim import FlatGroup

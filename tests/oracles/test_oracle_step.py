@@ -16,7 +16,8 @@ import torch
 from rig import FunctionPolicy, ddpm, make_batch, normal, rows
 from torch import Tensor, nn
 
-from gesso.config.run import EMA, Optimizer, Training
+from gesso.config.optimizer import Optimizer
+from gesso.config.run import EMA, Training
 from gesso.core.batch import Batch
 from gesso.core.events import Event, StepDone
 from gesso.core.runtime import Runtime

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-import importlib.util
 import os
 import shutil
 import tempfile
@@ -14,13 +12,14 @@ from pathlib import Path
 from typing import Literal
 
 from gesso.adapters import Full
-from gesso.config import advice_images, objective_rules
+from gesso.config import advice_images, objective_rules, training_rules
 from gesso.config.findings import Finding
 from gesso.config.findings import error as _error
 from gesso.config.findings import warning as _warning
 from gesso.config.forecast import GIB, Counted, Forecast, Machine, forecast, full_size
 from gesso.config.run import RunConfig
 from gesso.core import resolve
+from gesso.core.schedule import steps_of
 from gesso.errors import Problems, UserError
 
 __all__ = ["Advice", "Counted", "Finding", "Forecast", "Machine", "check"]
@@ -123,34 +122,6 @@ def _sizes(run: RunConfig) -> Iterator[Finding]:
         yield _error("data.buckets.largest", f"{buckets.largest} is less than the resolution {data.resolution}")
 
 
-def _rates(run: RunConfig) -> Iterator[Finding]:
-    training, rates = run.training, run.training.text_encoder_learning_rates
-    key, encoders = "training.text_encoder_learning_rates", len(run.model.part_names) - 1
-    if rates is not None and not run.adapter.train_text_encoders:
-        fix = "set adapter.train_text_encoders: true, or take the rates out"
-        yield _error(key, "rates are given, but the text encoders do not train", fix)
-    elif rates is not None and len(rates) not in (1, encoders):
-        yield _error(key, f"{len(rates)} rates for {encoders} text encoders", f"give 1 or {encoders}")
-    own = rates if run.adapter.train_text_encoders and rates is not None else ()
-    full = isinstance(run.adapter, Full)
-    # A model of full size is not trained from random weights here, and what it knows is soon lost at higher rates.
-    tuned = full and full_size(run)
-    usual = "1e-5 is usual" if tuned else "1e-3 is usual from random weights" if full else "1e-4 is usual"
-    denoiser = not isinstance(run.adapter, Full) or run.adapter.train_denoiser
-    follow = run.adapter.train_text_encoders and rates is None
-    if not any(own) and not (training.learning_rate and (denoiser or follow)):
-        yield _error("training.learning_rate", "every learning rate is 0, so nothing would be trained", usual)
-    for name, rate in [("training.learning_rate", training.learning_rate), *((key, rate) for rate in own)]:
-        if rate > (1e-4 if tuned else 1e-2):
-            what = "a full fine-tune" if full else "an adapter"
-            yield _warning(name, f"{rate:g} is very high for {what}", usual)
-        elif 0 < rate < (1e-8 if full else 1e-7):
-            yield _warning(name, f"{rate:g} is so low that hardly anything will change", usual)
-
-
-_NUMBER_BY_NUMBER = ("adamw", "adamw8bit")
-
-
 def _full(run: RunConfig) -> Iterator[Finding]:
     if not isinstance(run.adapter, Full):
         return
@@ -158,38 +129,13 @@ def _full(run: RunConfig) -> Iterator[Finding]:
     if adapter.weights == "bf16" and training.precision != "bf16":
         what = f"weights that are kept in bf16 also compute in bf16, and training.precision is {training.precision}"
         yield _error("adapter.weights", what, "set training.precision: bf16, or adapter.weights: fp32")
-    if adapter.weights == "bf16" and training.optimizer.type not in _NUMBER_BY_NUMBER:
-        what = f"{training.optimizer.type} works on whole tensors, and bf16 weights are updated piece by piece"
-        yield _error("training.optimizer.type", what, f"write {_NUMBER_BY_NUMBER[0]}, or adapter.weights: fp32")
+    kind = training.optimizer.kind
+    if adapter.weights == "bf16" and (kind is None or not kind.by_number):
+        what = f"{training.optimizer.type} looks at whole tensors, and bf16 weights are updated piece by piece"
+        yield _error("training.optimizer.type", what, "write adamw or lion, or adapter.weights: fp32")
     if run.name in ("logs", "samples") or run.name.startswith("checkpoint-"):
         what = f"the trained model's folder in the run folder would be {run.name}, which has another use"
         yield _error("name", what, "choose another name")
-
-
-def _packages(run: RunConfig) -> Iterator[Finding]:
-    training = run.training
-    wanted = {
-        "training.optimizer.type": ("bitsandbytes", training.optimizer.type == "adamw8bit", "adamw"),
-        "training.attention": ("xformers", training.attention == "xformers", "sdpa"),
-    }
-    for key, (package, used, instead) in wanted.items():
-        if used and importlib.util.find_spec(package) is None:
-            yield _error(key, f"{package} is not installed", f"pip install {package}, or write {instead}")
-    torch = importlib.metadata.version("torch")
-    if training.optimizer.type == "muon" and tuple(map(int, torch.split(".")[:2])) < (2, 9):
-        yield _error(
-            "training.optimizer.type",
-            f"muon needs torch 2.9 or newer; this is {torch}",
-            "pip install -U torch, or write adamw",
-        )
-    for i, tracker in enumerate(run.trackers):
-        if tracker.type == "wandb" and importlib.util.find_spec("wandb") is None:
-            yield _error(f"trackers.{i}.type", "wandb is not installed", "pip install wandb, or take the tracker out")
-    if training.device == "cpu":
-        if training.precision == "fp16":
-            yield _error("training.precision", "fp16 training needs a GPU", "use bf16 or fp32 on a CPU")
-        if training.optimizer.type == "adamw8bit":
-            yield _error("training.optimizer.type", "adamw8bit needs a GPU", "write adamw")
 
 
 def _output(run: RunConfig) -> Iterator[Finding]:
@@ -261,6 +207,10 @@ def _about_numbers(run: RunConfig, numbers: Forecast) -> Iterator[Finding]:
     if warmup >= numbers.steps:
         what = f"the warm-up of {warmup} steps is not over when the run ends after {numbers.steps}"
         yield _warning("training.schedule.warmup", what, "shorten it")
+    stop = run.training.text_encoder_stop
+    if stop is not None and steps_of(stop, numbers.steps) >= numbers.steps:
+        what = f"the run ends after {numbers.steps} steps, before the text encoders stop at {stop:g}"
+        yield _warning("training.text_encoder_stop", what, "take it out, or lower it")
     ema = run.training.ema
     if ema.enabled and not ema.warmup and numbers.steps * (1 - ema.decay) < 3:
         what = f"an average with decay {ema.decay:g} still holds mostly the start after {numbers.steps} steps"
@@ -302,5 +252,5 @@ def _about_machine(run: RunConfig, numbers: Forecast, machine: Machine) -> Itera
 
 _RULES: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
     *advice_images.RULES,
-    *(_model, _sizes, _rates, _full, _packages, _output, _prompts, _objective, _settings),
+    *(_model, _sizes, *training_rules.RULES, _full, _output, _prompts, _objective, _settings),
 )

@@ -216,7 +216,8 @@ def _tensors(file: Path) -> int:
 
 def _moments(run: RunConfig) -> int:
     """Bytes a parameter of what the optimiser remembers; most of Muon's weights need one number and not two."""
-    return {"adamw": 8, "adamw8bit": 2, "muon": 5}[run.training.optimizer.type]
+    kind = run.training.optimizer.kind
+    return 8 if kind is None else kind.moments
 
 
 def _weight(run: RunConfig) -> int:

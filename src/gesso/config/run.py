@@ -9,7 +9,8 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from gesso.adapters import AnyAdapter, LoRA
-from gesso.core.schedule import Schedule
+from gesso.config.optimizer import Optimizer
+from gesso.core.schedule import Schedule, whole_steps
 from gesso.core.seams import Spec
 from gesso.families import AnyFamily
 from gesso.objectives import AnyObjective, Denoise
@@ -196,22 +197,6 @@ class Data(Spec):
     """Background threads that prepare batches; 0 prepares them in the loop."""
 
 
-class Optimizer(Spec):
-    """The optimiser and its constants."""
-
-    type: Literal["adamw", "adamw8bit", "muon"] = "adamw"
-    """adamw8bit needs bitsandbytes and a GPU. muon (torch 2.9 or newer) makes the updates of matrices and convolutions
-    orthogonal and leaves the rest to adamw, at the same learning rate."""
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of the first moment."""
-    beta2: float = Field(default=0.999, ge=0, lt=1)
-    """Decay of the second moment."""
-    eps: float = Field(default=1e-8, gt=0)
-    """Added to the denominator."""
-    weight_decay: float = Field(default=0.01, ge=0)
-    """Decoupled weight decay."""
-
-
 class EMA(Spec):
     """Exponential moving average of the trained weights, kept in float64."""
 
@@ -247,6 +232,9 @@ class Training(Spec):
     """Of the denoiser, and of everything that has no rate of its own."""
     text_encoder_learning_rates: tuple[float, ...] | None = None
     """One rate per text encoder; a single number serves all; 0 leaves that encoder exactly as it is."""
+    text_encoder_stop: int | float | None = Field(default=None, gt=0)
+    """Train the text encoders for so many optimiser steps only, or for this fraction of the run if below 1; then they
+    stand exactly still. Empty: to the end."""
     schedule: Schedule = Schedule()
     optimizer: Optimizer = Optimizer()
     clip: float | None = Field(default=1.0, gt=0)
@@ -268,6 +256,11 @@ class Training(Spec):
         if isinstance(value, list):
             return tuple(value)
         return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+    @field_validator("text_encoder_stop")
+    @classmethod
+    def _whole_stop(cls, value: int | float | None) -> int | float | None:
+        return None if value is None else whole_steps(value)
 
     @model_validator(mode="after")
     def _length(self) -> Training:

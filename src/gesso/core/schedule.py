@@ -5,9 +5,21 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator
 
 from gesso.core.seams import Spec
+
+
+def whole_steps(length: int | float) -> int | float:
+    """The length itself; raises `ValueError` unless it is a number of steps or a fraction of the run."""
+    if length >= 1 and length != int(length):
+        raise ValueError("must be a whole number of steps, or a fraction of the run below 1")
+    return length
+
+
+def steps_of(length: int | float, total: int) -> int:
+    """A length in optimiser steps that is given as such, or as a fraction (below 1) of a run of `total`."""
+    return round(length * total) if 0 < length < 1 else int(length)
 
 
 class Schedule(Spec):
@@ -24,15 +36,14 @@ class Schedule(Spec):
     power: float = Field(default=1.0, gt=0)
     """Exponent of `polynomial`."""
 
-    @model_validator(mode="after")
-    def _whole_warmup(self) -> Schedule:
-        if self.warmup >= 1 and self.warmup != int(self.warmup):
-            raise ValueError("warmup is a whole number of steps, or a fraction of the run below 1")
-        return self
+    @field_validator("warmup")
+    @classmethod
+    def _whole_warmup(cls, value: int | float) -> int | float:
+        return whole_steps(value)
 
     def warmup_steps(self, total: int) -> int:
         """Length of the warm-up in optimiser steps, for a run of `total`."""
-        return round(self.warmup * total) if 0 < self.warmup < 1 else int(self.warmup)
+        return steps_of(self.warmup, total)
 
     def factor(self, step: int, total: int) -> float:
         """What to multiply the learning rate with at optimiser step `step` (0-based) of `total`.

@@ -25,7 +25,8 @@ from transformers import CLIPTokenizer
 
 from gesso import stages
 from gesso.config import files
-from gesso.config.run import EMA, Optimizer, Training
+from gesso.config.optimizer import Optimizer
+from gesso.config.run import EMA, Training
 from gesso.core import checkpoints
 from gesso.core.events import Progress
 from gesso.core.random import generator

@@ -22,6 +22,7 @@ from gesso.core.seams import Emit, Stream
 from gesso.errors import NumericError
 from gesso.training import optim
 from gesso.training.ema import Average
+from gesso.training.members import Members
 from gesso.training.optim import FlatGroup
 
 _MAX_OVERFLOWS = 20
@@ -35,7 +36,7 @@ class Learner:
     """What changes while training: the weights (through `groups`), the optimiser's tensors, the average, the scale."""
 
     groups: Sequence[FlatGroup]
-    optimizer: torch.optim.Optimizer
+    optimizer: Members
     average: Average | None
     scaler: torch.amp.GradScaler
     after_step: Callable[[], None]
@@ -87,11 +88,12 @@ def fit(
     total = training.total_steps(stream.steps_per_epoch)
     while learner.step < total and not stopping():
         started, step = time.monotonic(), learner.step
+        still = optim.rest(learner.groups, step, total)
         gradient = _finite_gradient(name, seed, step, loss, learner, stream, runtime, emit)
         if training.clip is not None:
             optim.clip(learner.groups, gradient.norm, training.clip)
         factor = training.schedule.factor(step, total)
-        optim.set_rates(learner.optimizer, learner.groups, factor)
+        optim.set_rates(learner.optimizer, learner.groups, factor, still=still)
         learner.scaler.step(learner.optimizer)
         learner.scaler.update()
         learner.after_step()
@@ -102,7 +104,7 @@ def fit(
             StepDone(
                 step=learner.step,
                 loss=gradient.loss,
-                learning_rate=learner.groups[0].learning_rate * factor,
+                learning_rate=optim.rate(learner.optimizer),
                 gradient_norm=gradient.norm,
                 samples=gradient.samples,
                 seconds=time.monotonic() - started,

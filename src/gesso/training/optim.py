@@ -1,21 +1,31 @@
 """The optimiser over flat groups: all trained tensors of a part are views of one vector, with one gradient vector.
 
 Adam, clipping, averaging and zeroing are then one operation each instead of one per tensor, and give the same numbers
-because all of them work element by element. Muon, which works by matrix, gets views into the same vectors.
+because all of them work element by element. What works by matrix, such as Muon, gets views into the same vectors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import importlib
+import inspect
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gesso.config.run import Optimizer
+from gesso.config.optimizer import Optimizer
+from gesso.core.schedule import steps_of
 from gesso.errors import ResourceError, UserError
-from gesso.training.muon import MuonAdamW, is_matrix
+from gesso.training.members import Members
+
+_SMALLEST = 16
+_INSTALL = {
+    "bitsandbytes": "pip install 'gesso[gpu]'",
+    "pytorch_optimizer": "pip install 'gesso[optimizers]'",
+    "torch": "pip install -U torch",
+}
 
 
 @dataclass(frozen=True)
@@ -27,19 +37,32 @@ class FlatGroup:
     flat: nn.Parameter
     names: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
+    parameters: tuple[nn.Parameter, ...] = ()
+    stop: int | float | None = None
+    """When it stands still: after so many optimiser steps, or after a fraction of the run if below 1."""
 
     @classmethod
-    def of(cls, part: str, parameters: Mapping[str, nn.Parameter], *, learning_rate: float) -> FlatGroup:
+    def of(
+        cls,
+        part: str,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        learning_rate: float,
+        stop: int | float | None = None,
+    ) -> FlatGroup:
         """Move the parameters' storage into one vector; the parameters stay usable where they are."""
-        names = tuple(parameters)
-        tensors = [parameters[name] for name in names]
+        names, tensors = tuple(parameters), tuple(parameters.values())
         flat = nn.Parameter(torch.cat([p.detach().reshape(-1) for p in tensors]))
         flat.grad = torch.zeros_like(flat)
-        group = cls(part, learning_rate, flat, names, tuple(p.shape for p in tensors))
+        group = cls(part, learning_rate, flat, names, tuple(p.shape for p in tensors), tensors, stop)
         values, gradients = group.views(flat.detach()), group.views(flat.grad)
         for name, parameter in parameters.items():
             parameter.data, parameter.grad = values[name], gradients[name]
         return group
+
+    def trains(self, step: int, total: int) -> bool:
+        """Whether optimiser step `step` (0-based) of `total` moves it."""
+        return self.learning_rate > 0 and (self.stop is None or step < steps_of(self.stop, total))
 
     def views(self, vector: Tensor) -> dict[str, Tensor]:
         """Cut a vector laid out like this group into the named tensors, without copying."""
@@ -54,17 +77,32 @@ class FlatGroup:
 
     def settings(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
         """A parameter group of a torch optimiser, with the names that its state is saved under."""
-        rate = self.learning_rate
-        return {"params": list(parameters.values()), "lr": rate, "part": self.part, "names": list(parameters)}
+        own = {"part": self.part, "names": list(parameters), "still": self.learning_rate == 0}
+        return {"params": list(parameters.values()), "lr": self.learning_rate, **own}
+
+
+def is_matrix(name: str, shape: torch.Size) -> bool:
+    """Whether Muon takes this parameter: a hidden matrix, or a convolution seen as [out, in x k x k].
+
+    Embeddings are tables, not maps; and a matrix with a side below 16 has hardly a spectrum to make even.
+    """
+    if len(shape) < 2 or "embed" in name:
+        return False
+    return min(shape[0], shape.numel() // shape[0]) >= _SMALLEST
 
 
 def flat_group(
-    spec: Optimizer, part: str, parameters: Mapping[str, nn.Parameter], *, learning_rate: float
+    spec: Optimizer,
+    part: str,
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    learning_rate: float,
+    stop: int | float | None = None,
 ) -> FlatGroup:
     """The group of a part for this optimiser: for Muon the matrices come last, so that the rest is one piece."""
     if spec.type == "muon":
         parameters = dict(sorted(parameters.items(), key=lambda item: is_matrix(item[0], item[1].shape)))
-    return FlatGroup.of(part, parameters, learning_rate=learning_rate)
+    return FlatGroup.of(part, parameters, learning_rate=learning_rate, stop=stop)
 
 
 def gradient_norm(groups: Sequence[FlatGroup]) -> Tensor:
@@ -80,111 +118,129 @@ def clip(groups: Sequence[FlatGroup], norm: float, limit: float) -> None:
             group.gradient.mul_(limit / norm)
 
 
-def build(spec: Optimizer, groups: Sequence[FlatGroup]) -> torch.optim.Optimizer:
-    """The torch optimiser that the run file names; raises `ResourceError` if its package or device is missing."""
-    if spec.type == "muon":
-        return _muon(spec, groups)
-    sets = [group.settings({group.part: group.flat}) for group in groups]
-    if spec.type == "adamw8bit":
-        return _adamw8bit(spec, sets, groups[0].flat.device.type)
-    return _adamw(spec, sets)
-
-
-def _adamw(spec: Optimizer, sets: list[dict[str, Any]]) -> torch.optim.AdamW:
-    fused = sets[0]["params"][0].device.type in {"cpu", "cuda"}
-    betas = (spec.beta1, spec.beta2)
-    return torch.optim.AdamW(sets, betas=betas, eps=spec.eps, weight_decay=spec.weight_decay, fused=fused)
-
-
-def _adamw8bit(spec: Optimizer, sets: list[dict[str, Any]], device: str) -> torch.optim.Optimizer:
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise ResourceError(
-            "adamw8bit needs bitsandbytes",
-            where="training.optimizer.type",
-            fix="pip install 'gesso[gpu]', or set training.optimizer.type to adamw",
-        ) from error
-    if device != "cuda":
-        raise UserError(
-            f"adamw8bit runs on CUDA only, this run is on {device}",
-            where="training.optimizer.type",
-            fix="set it to adamw",
-        )
-    betas = (spec.beta1, spec.beta2)
-    optimizer: torch.optim.Optimizer = AdamW8bit(sets, betas=betas, eps=spec.eps, weight_decay=spec.weight_decay)
-    return optimizer
-
-
-def _muon(spec: Optimizer, groups: Sequence[FlatGroup]) -> torch.optim.Optimizer:
-    """Muon over the matrices of each group, where they lie, and AdamW over the piece before them."""
-    try:
-        from torch.optim import Muon
-    except ImportError as error:
-        raise ResourceError(
-            f"muon needs torch 2.9 or newer; this is {torch.__version__}",
-            where="training.optimizer.type",
-            fix="pip install -U torch, or set training.optimizer.type to adamw",
-        ) from error
-    matrices, rest = [], []
+def rest(groups: Sequence[FlatGroup], step: int, total: int) -> set[str]:
+    """The parts that stand still in this step; their gradients are not computed while any other part moves."""
+    still = {group.part for group in groups if not group.trains(step, total)}
     for group in groups:
-        values, gradients = group.views(group.flat.detach()), group.views(group.gradient)
-        names = [name for name in group.names if is_matrix(name, values[name].shape)]
-        border = group.flat.numel() - sum(values[name].numel() for name in names)
-        assert list(group.names[len(group.names) - len(names) :]) == names, "make groups with flat_group"
-        if names:
-            views = {n: _view(values[n].flatten(1), gradients[n].flatten(1)) for n in names}
-            matrices.append(group.settings(views))
-        if border:
-            rest.append(group.settings({group.part: _view(group.flat.detach()[:border], group.gradient[:border])}))
-    # "match_rms_adamw" makes its updates as large as AdamW's, so that one learning rate serves both.
-    muon = [Muon(matrices, weight_decay=spec.weight_decay, adjust_lr_fn="match_rms_adamw")] if matrices else []
-    return MuonAdamW([*muon, *([_adamw(spec, rest)] if rest else [])])
+        for parameter in group.parameters:
+            parameter.requires_grad_(group.part not in still or len(still) == len(groups))
+    return still
 
 
-def _view(values: Tensor, gradient: Tensor) -> nn.Parameter:
-    parameter = nn.Parameter(values)
-    parameter.grad = gradient
-    return parameter
-
-
-def set_rates(optimizer: torch.optim.Optimizer, groups: Sequence[FlatGroup], factor: float) -> None:
-    """Set each part's learning rate for the coming step."""
+def set_rates(
+    optimizer: torch.optim.Optimizer, groups: Sequence[FlatGroup], factor: float, *, still: Collection[str] = ()
+) -> None:
+    """Set each part's learning rate for the coming step, and which parts it leaves as they are."""
     rates = {group.part: group.learning_rate for group in groups}
     for settings in optimizer.param_groups:
         settings["lr"] = rates[settings["part"]] * factor
+        settings["still"] = settings["part"] in still
 
 
-def state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Every tensor the optimiser keeps, named `<part or parameter>.<quantity>`."""
-    kept: dict[str, Tensor] = {}
-    for owner, parameter in _named(optimizer):
-        for name, value in optimizer.state[parameter].items():
-            kept[f"{owner}.{name}"] = value.detach() if isinstance(value, Tensor) else torch.tensor(value)
-    return kept
+def rate(optimizer: torch.optim.Optimizer) -> float:
+    """The first part's learning rate, times what the optimiser found where it looks for it."""
+    settings = optimizer.param_groups[0]
+    return float(settings["lr"] * settings.get("d", 1.0))
 
 
-def restore(optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]) -> None:
+def build(spec: Optimizer, groups: Sequence[FlatGroup]) -> Members:
+    """The optimiser that the run file names, one for each part; `require` what it needs first."""
+    made = require(spec, device=groups[0].flat.device.type)
+    return Members([member for group in groups for member in members(spec, made, group)])
+
+
+def require(spec: Optimizer, *, device: str) -> type[torch.optim.Optimizer]:
+    """The optimiser's class. Raises `ResourceError` if its package is missing, and `UserError` for a class that cannot
+    be used here, on this device or with these options."""
+    kind, path = spec.kind, spec.path
+    if kind is not None and kind.needs_gpu and device != "cuda":
+        what = f"{spec.type} runs on CUDA only, this run is on {device}"
+        raise UserError(what, where="training.optimizer.type", fix="set it to adamw, lion or adafactor")
+    package, _, name = path.rpartition(".")
+    try:
+        found = vars(importlib.import_module(package)).get(name)
+    except ImportError as error:
+        fix = _INSTALL.get(package.partition(".")[0], f"install {package.partition('.')[0]}")
+        raise ResourceError(
+            f"{spec.type} needs {package.partition('.')[0]}, which does not import here ({error})",
+            where="training.optimizer.type",
+            fix=f"{fix}, or set it to adamw",
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        if spec.type == "muon":
+            what, fix = f"muon needs torch 2.9 or newer; this is {torch.__version__}", f"{_INSTALL['torch']}"
+            raise ResourceError(what, where="training.optimizer.type", fix=f"{fix}, or set it to adamw")
+        raise UserError(f"there is no optimiser {path}", where="training.optimizer.type", fix="check the spelling")
+    _check_options(spec, found)
+    return found
+
+
+def _check_options(spec: Optimizer, made: type[torch.optim.Optimizer]) -> None:
+    takes = [n for n, p in inspect.signature(made).parameters.items() if p.kind != p.VAR_KEYWORD and n != "params"]
+    if wrong := [name for name in spec.arguments() if name not in takes and name in spec.options]:
+        what = f"{made.__name__} takes no {', '.join(wrong)}"
+        raise UserError(what, where="training.optimizer.options", fix=f"it takes {', '.join(takes)}")
+    if "lr" not in takes:
+        raise UserError(f"{made.__name__} takes no learning rate", where="training.optimizer.type")
+    closure = inspect.signature(made.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        what = f"{made.__name__} asks for the loss several times a step, which the loop computes once"
+        raise UserError(what, where="training.optimizer.type", fix="choose another one")
+
+
+def members(spec: Optimizer, made: type[torch.optim.Optimizer], group: FlatGroup) -> Iterator[torch.optim.Optimizer]:
+    """The optimisers of one part."""
+    if spec.type == "muon":
+        yield from _muon(spec, made, group)
+        return
+    settings, arguments = group.settings({group.part: group.flat}), spec.arguments()
+    if spec.kind is None or spec.kind.by_tensor:
+        values, gradients = group.views(group.flat.detach()), group.views(group.gradient)
+        flatten = spec.kind is not None  # the factored ones look at the last two sides of what is a matrix
+        settings = group.settings({n: _view(values[n], gradients[n], flatten=flatten) for n in group.names})
+    if spec.type == "adamw":
+        arguments = {"fused": group.flat.device.type in {"cpu", "cuda"}} | arguments
+    if spec.type == "adafactor":
+        arguments["momentum_dtype"] = torch.float32
+    try:
+        yield made([settings], **arguments)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        fix = "change training.optimizer.options"
+        raise UserError(f"{made.__name__}: {error}", where="training.optimizer", fix=fix) from error
+
+
+def _muon(spec: Optimizer, made: type[torch.optim.Optimizer], group: FlatGroup) -> Iterator[torch.optim.Optimizer]:
+    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) over the matrices of a part, where they lie,
+    and AdamW over the piece before them."""
+    values, gradients = group.views(group.flat.detach()), group.views(group.gradient)
+    names = [name for name in group.names if is_matrix(name, values[name].shape)]
+    border = group.flat.numel() - sum(values[name].numel() for name in names)
+    assert list(group.names[len(group.names) - len(names) :]) == names, "make groups with flat_group"
+    if names:
+        views = {n: _view(values[n], gradients[n], flatten=True) for n in names}
+        # Scaled as in Liu et al. 2025 (arXiv:2502.16982) its updates are as large as AdamW's: one rate serves both.
+        own: dict[str, Any] = {"weight_decay": spec.decay, "adjust_lr_fn": "match_rms_adamw"}
+        yield made([group.settings(views)], **(own | spec.options))
+    if border:
+        plain = Optimizer(beta1=spec.beta1, beta2=spec.beta2, eps=spec.eps, weight_decay=spec.weight_decay)
+        settings = group.settings({group.part: _view(group.flat.detach()[:border], group.gradient[:border])})
+        fused = group.flat.device.type in {"cpu", "cuda"}
+        yield torch.optim.AdamW([settings], fused=fused, **plain.arguments())
+
+
+def _view(values: Tensor, gradient: Tensor, *, flatten: bool = False) -> nn.Parameter:
+    """A parameter over a piece of a group; `flatten` makes a convolution [out, in x k x k]."""
+    whole = flatten and values.ndim > 2
+    parameter = nn.Parameter(values.flatten(1) if whole else values)
+    parameter.grad = gradient.flatten(1) if whole else gradient
+    return parameter
+
+
+def state(optimizer: Members) -> dict[str, Tensor]:
+    """Every value the optimiser keeps, named `<part or parameter>.<quantity>` (see `optim_state`)."""
+    return optimizer.saved()
+
+
+def restore(optimizer: Members, saved: Mapping[str, Tensor]) -> None:
     """Put back what `state` gave; raises `UserError` if it is not of these parameters."""
-    if not saved:
-        return  # saved before the first step
-    by_owner: dict[str, dict[str, Tensor]] = {}
-    for key, value in saved.items():
-        owner, _, name = key.rpartition(".")
-        by_owner.setdefault(owner, {})[name] = value
-    own = dict(_named(optimizer))
-    if unfit := sorted({*by_owner} ^ {*own} | {o for o in by_owner.keys() & own if not _fits(by_owner[o], own[o])}):
-        raise UserError(f"the saved optimiser state does not fit the trained weights of {unfit[0]}")
-    for owner, parameter in own.items():
-        optimizer.state[parameter] = {k: v.to(parameter.device, copy=True) for k, v in by_owner[owner].items()}
-
-
-def _named(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter]]:
-    for settings in optimizer.param_groups:
-        yield from zip(settings["names"], settings["params"], strict=True)
-
-
-def _fits(saved: Mapping[str, Tensor], parameter: nn.Parameter) -> bool:
-    return all(
-        v.shape == parameter.shape for k, v in saved.items() if k in ("exp_avg", "exp_avg_sq", "momentum_buffer")
-    )
+    optimizer.restore(saved)

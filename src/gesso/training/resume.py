@@ -10,6 +10,8 @@ from gesso.config.run import RunConfig
 from gesso.errors import UserError
 
 _IDENTITY = ("seed", "model", "data", "adapter", "objective")
+OPTIMIZER = "training.optimizer.type"
+"""What one optimiser remembers says nothing to another: going on with it in spite of that starts it afresh."""
 _HARMLESS = ("data.cache", "data.workers", "data.skip_bad")
 
 
@@ -61,7 +63,8 @@ def refuse(found: Collection[Change], accepted: Collection[str]) -> None:
 
 def _blocks(key: str) -> bool:
     section = key.split(".", 1)[0]
-    return (section in _IDENTITY and not key.startswith(_HARMLESS)) or section == "hash" or key.endswith("per_step")
+    named = section == "hash" or key.endswith("per_step") or key == OPTIMIZER
+    return named or (section in _IDENTITY and not key.startswith(_HARMLESS))
 
 
 def _covers(name: str, key: str) -> bool:

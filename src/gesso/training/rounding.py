@@ -14,20 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gesso.config.run import Optimizer
+from gesso.config.optimizer import Optimizer
 from gesso.core.random import key
 from gesso.training import optim
+from gesso.training.members import Members
 from gesso.training.optim import FlatGroup
 
 PIECE = 2**24
 """Weights that are updated at once: 64 MiB in float32."""
 
 
-def build(spec: Optimizer, groups: Sequence[FlatGroup], *, seed: int) -> torch.optim.Optimizer:
+def build(spec: Optimizer, groups: Sequence[FlatGroup], *, seed: int) -> Members:
     """The optimiser of the run file over these groups, with stochastic rounding where their weights are bf16."""
     if all(group.flat.dtype == torch.float32 for group in groups):
         return optim.build(spec, groups)
-    return Rounded(spec, groups, seed=seed)
+    made = optim.require(spec, device=groups[0].flat.device.type)
+    return Members([_Rounded(spec, made, piece, seed=seed) for group in groups for piece in _cut(group)])
 
 
 def stochastic(values: Tensor, generator: torch.Generator) -> Tensor:
@@ -40,33 +42,30 @@ def stochastic(values: Tensor, generator: torch.Generator) -> Tensor:
     return noise.add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32).to(torch.bfloat16)
 
 
-class Rounded(torch.optim.Optimizer):
-    """An element-wise optimiser over bf16 groups, piece by piece in float32; what it remembers is float32 too."""
+class _Rounded(torch.optim.Optimizer):
+    """An optimiser that works number by number over one piece of bf16 weights; what it remembers is float32.
 
-    def __init__(self, spec: Optimizer, groups: Sequence[FlatGroup], *, seed: int) -> None:
-        self.finished = 0
-        """Updates made so far, which key the draws; set it when going on from a checkpoint."""
-        self._seed = seed
-        self._pieces = [piece for group in groups for piece in _cut(group)]
-        self._members = [optim.build(spec, [piece.group]) for piece in self._pieces]
-        for piece, member in zip(self._pieces, self._members, strict=True):
-            member.param_groups[0]["names"] = [piece.name]
-        sets = [settings for member in self._members for settings in member.param_groups]
-        super().__init__(sets, {})
-        # The groups and the state themselves and not copies: rates are set here, and state saved from here.
-        self.param_groups = sets
-        for member in self._members:
-            member.state = self.state
+    The group counts its `updates`, which key the draws.
+    """
+
+    def __init__(self, spec: Optimizer, made: type[torch.optim.Optimizer], piece: _Piece, *, seed: int) -> None:
+        (self._inner,) = optim.members(spec, made, piece.group)
+        settings = self._inner.param_groups[0]
+        settings |= {"names": [piece.name], "updates": 0}
+        super().__init__([settings], {})
+        # The group and the state themselves and not copies: rates are set here, and state is saved from here.
+        self.param_groups, self.state = self._inner.param_groups, self._inner.state
+        self._piece, self._seed = piece, seed
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One update of everything."""
+        """One update."""
         loss = None if closure is None else closure()
-        for piece, member in zip(self._pieces, self._members, strict=True):
-            generator = torch.Generator(piece.weights.device)
-            generator.manual_seed(key(self._seed, "rounding", self.finished, piece.name) & 0xFFFFFFFF)
-            piece.update(member.step, generator)
-        self.finished += 1
+        settings, piece = self.param_groups[0], self._piece
+        generator = torch.Generator(piece.weights.device)
+        generator.manual_seed(key(self._seed, "rounding", settings["updates"], piece.name) & 0xFFFFFFFF)
+        piece.update(self._inner.step, generator)
+        settings["updates"] += 1
         return loss
 
 

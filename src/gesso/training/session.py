@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,14 +12,16 @@ from torch import nn
 
 from gesso.adapters import Full
 from gesso.config.run import RunConfig
+from gesso.core.batch import Batch
 from gesso.core.runtime import Runtime
 from gesso.core.seams import Attached, Parts
 from gesso.errors import UserError
-from gesso.training import memory, optim, rounding
+from gesso.training import memory, optim, rounding, validation
 from gesso.training.checkpoint import Snapshot
 from gesso.training.ema import Average
 from gesso.training.loop import Learner
 from gesso.training.policy import LivePolicy
+from gesso.training.resume import OPTIMIZER
 
 
 @dataclass
@@ -54,7 +56,13 @@ class Session:
         denoiser, *encoders = run.model.part_names
         rate_of = {denoiser: run.training.learning_rate} | {encoders[i]: rate for i, rate in rates.items()}
         groups = [
-            optim.flat_group(run.training.optimizer, name, parameters, learning_rate=rate_of[part] * factor)
+            optim.flat_group(
+                run.training.optimizer,
+                name,
+                parameters,
+                learning_rate=rate_of[part] * factor,
+                stop=None if part == denoiser else run.training.text_encoder_stop,
+            )
             for name, part, factor, parameters in _by_rate(adapter)
         ]
         learner = Learner(
@@ -69,9 +77,13 @@ class Session:
     def snapshot(self, identity: Mapping[str, Any]) -> Snapshot:
         """Everything a checkpoint holds."""
         learner = self.learner
+        with learner.optimizer.evaluated():
+            weights = self.adapter.state()
+            if learner.optimizer.averages:
+                weights = {name: tensor.clone() for name, tensor in weights.items()}
         return Snapshot(
             step=learner.step,
-            weights=self.adapter.state(),
+            weights=weights,
             layout=self.adapter.layout(),
             optimizer=optim.state(learner.optimizer),
             average=learner.average.state() if learner.average else None,
@@ -82,7 +94,8 @@ class Session:
         """Go on from a checkpoint; raises `UserError` where it does not fit this run."""
         learner = self.learner
         self.adapter.restore(saved.weights)
-        optim.restore(learner.optimizer, saved.optimizer)
+        if saved.position["identity"].get(OPTIMIZER) in (None, self.run.training.optimizer.type):
+            optim.restore(learner.optimizer, saved.optimizer)
         if learner.average is not None:
             if saved.average is None:
                 raise UserError(
@@ -94,8 +107,6 @@ class Session:
         if learner.scaler.is_enabled() and saved.position["scaler"]:
             learner.scaler.load_state_dict(saved.position["scaler"])
         learner.step = saved.step
-        if isinstance(learner.optimizer, rounding.Rounded):
-            learner.optimizer.finished = saved.step
 
     def release(self) -> None:
         """Let go of the networks once training is over."""
@@ -106,8 +117,13 @@ class Session:
         """Inside, the model is as pictures should show it: averaged if the run says so, dropout off."""
         average = self.learner.average
         averaged = average.in_place() if average and self.run.training.ema.use_for_samples else nullcontext()
-        with averaged, self.policy.evaluating():
+        with self.learner.optimizer.evaluated(), averaged, self.policy.evaluating():
             yield
+
+    def measure(self, batches: Sequence[Batch], runtime: Runtime) -> dict[str, float]:
+        """Means of the objective's measures over held-out batches, with the weights that a checkpoint would hold."""
+        with self.learner.optimizer.evaluated():
+            return validation.measure(self.run.objective, self.policy, batches, runtime)
 
 
 def _by_rate(adapter: Attached) -> Iterator[tuple[str, str, float, dict[str, nn.Parameter]]]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from gesso.config.run import EMA, Optimizer
+from gesso.config.optimizer import Optimizer
+from gesso.config.run import EMA
 from gesso.errors import ResourceError, UserError
 from gesso.training import optim
 from gesso.training.ema import Average

@@ -1,0 +1,146 @@
+"""Several optimisers as one: each part of a model has its own, so that a part can stand still while others move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from gesso.errors import UserError
+from gesso.training import optim_state
+
+_OURS = frozenset({"params", "lr", "part", "names", "still"})
+_SHAPED = ("exp_avg", "exp_avg_sq", "momentum_buffer", "z", "s", "p0", "trained")
+
+
+@runtime_checkable
+class Averaging(Protocol):
+    """An optimiser whose weights in training are not those to use: schedule-free ones."""
+
+    def eval(self) -> None:
+        """Put the average into the parameters."""
+
+    def train(self) -> None:
+        """Put back what trains."""
+
+
+class Members(torch.optim.Optimizer):
+    """Optimisers that are stepped together, seen from outside as one with all their groups.
+
+    Every group holds the `part` that it belongs to, the `names` of its parameters, and whether it is `still`: then it
+    is not stepped at all, so that neither weight decay nor momentum nor averaging can move it.
+    """
+
+    def __init__(self, members: Sequence[torch.optim.Optimizer]) -> None:
+        groups = [group for member in members for group in member.param_groups]
+        super().__init__(groups, {})
+        self._members = list(members)
+        # The groups themselves and not copies, so that a learning rate set here is theirs.
+        self.param_groups = groups
+        self._averaging = [member for member in members if isinstance(member, Averaging)]
+        for member in self._averaging:
+            member.train()
+        self._constants = [dict(group) for group in groups]
+        self._stepped = False
+
+    @property
+    def averages(self) -> bool:
+        """Whether the weights to use are others than the ones that train."""
+        return bool(self._averaging)
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """One update of everything that is not still."""
+        loss = None if closure is None else closure()
+        for member in self._members:
+            if not all(group["still"] for group in member.param_groups):
+                member.step()
+                for state in member.state.values():
+                    state.update({name: optim_state.row_by_row(value) for name, value in state.items()})
+        if not self._stepped:
+            self.saved()  # what cannot be saved is told now and not at the first checkpoint
+            self._stepped = True
+        return loss
+
+    @contextmanager
+    def evaluated(self) -> Iterator[None]:
+        """Inside, the parameters are the ones to use; after it, bit for bit the ones that train."""
+        parameters = [p for member in self._averaging for group in member.param_groups for p in group["params"]]
+        trained = [p.detach().clone() for p in parameters]
+        for member in self._averaging:
+            member.eval()
+        try:
+            yield
+        finally:
+            for member in self._averaging:
+                member.train()
+            with torch.no_grad():
+                for parameter, value in zip(parameters, trained, strict=True):
+                    parameter.copy_(value)
+
+    def saved(self) -> dict[str, Tensor]:
+        """Every value that the members keep, and the weights in training where those in use are others."""
+        kept: dict[str, Tensor] = {}
+        for i, (group, constants) in enumerate(zip(self.param_groups, self._constants, strict=True)):
+            for name, value in group.items():
+                if name not in _OURS and not _same(value, constants.get(name, _NOTHING)):
+                    kept |= optim_state.packed(f"@{i}.{name}", value)
+        for member, owner, parameter in self._named():
+            for name, value in member.state.get(parameter, {}).items():
+                kept |= optim_state.packed(f"{owner}.{name}", value)
+            if isinstance(member, Averaging):
+                kept[f"{owner}.trained"] = parameter.detach()
+        return kept
+
+    def restore(self, saved: Mapping[str, Tensor]) -> None:
+        """Put back what `saved` gave; raises `UserError` if it is not of these parameters."""
+        by_owner: dict[str, dict[str, Tensor]] = {}
+        for name in optim_state.names(saved):
+            owner, _, quantity = name.rpartition(".")
+            by_owner.setdefault(owner, {})[quantity] = saved.get(name, torch.zeros(0))
+        own = {owner: (member, parameter) for member, owner, parameter in self._named()}
+        groups = {f"@{i}": group for i, group in enumerate(self.param_groups)}
+        wrong = by_owner.keys() - own.keys() - groups.keys()
+        wrong |= {o for o in by_owner.keys() & own.keys() if not _fits(by_owner[o], own[o][1])}
+        wrong |= {o for group in self.param_groups for o in _torn(group["names"], by_owner)}
+        if wrong:
+            raise UserError(f"the saved optimiser state does not fit the trained weights of {min(wrong)}")
+        for key, group in groups.items():
+            device = group["params"][0].device
+            for name in by_owner.get(key, ()):
+                group[name] = optim_state.unpacked(f"{key}.{name}", saved, device)
+        for owner, (member, parameter) in own.items():
+            state = {q: optim_state.unpacked(f"{owner}.{q}", saved, parameter.device) for q in by_owner.get(owner, ())}
+            trained = state.pop("trained", None)
+            if trained is not None:
+                with torch.no_grad():
+                    parameter.copy_(trained)
+            if state:
+                member.state[parameter] = state
+
+    def _named(self) -> Iterator[tuple[torch.optim.Optimizer, str, nn.Parameter]]:
+        for member in self._members:
+            for group in member.param_groups:
+                for name, parameter in zip(group["names"], group["params"], strict=True):
+                    yield member, name, parameter
+
+
+_NOTHING = object()
+
+
+def _same(value: Any, before: Any) -> bool:
+    if isinstance(value, Tensor) or isinstance(before, Tensor):
+        return value is before
+    return type(value) is type(before) and bool(value == before)
+
+
+def _torn(owners: Sequence[str], saved: Mapping[str, Any]) -> list[str]:
+    """Parameters of a group that nothing was saved of, though of others it was; one that stood still has nothing."""
+    missing = [owner for owner in owners if owner not in saved]
+    return missing if len(missing) < len(owners) else []
+
+
+def _fits(saved: Mapping[str, Tensor], parameter: nn.Parameter) -> bool:
+    return all(v.shape == parameter.shape for k, v in saved.items() if k in _SHAPED)
