@@ -119,6 +119,8 @@ def _kind(annotation: Any) -> str:
         return ", ".join(f"`{choice}`" for choice in inner)
     if origin is tuple:
         return f"list of {_plural(_kind(inner[0]))}"
+    if origin is dict:
+        return "section with keys of its own"
     if origin in (Union, types.UnionType):
         return "number" if set(inner) == {int, float} else " or ".join(_kind(one) for one in inner)
     return _KINDS[annotation]
@@ -136,7 +138,7 @@ def _default(info: FieldInfo) -> str:
         default = info.default if _is_list(info) else [info.default] if several else []
         held = [f"`{_tag(type(one))}`" for one in default]
         return ", ".join(held)
-    if info.default is None or info.default == () or info.default == "":
+    if info.default_factory is not None or info.default is None or info.default == () or info.default == "":
         return "*empty*"
     return f"`{flow(info.default)}`"
 
