@@ -27,6 +27,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "checkpointing": {"training__gradient_checkpointing": True, "objective__min_snr_gamma": 5},
     "full": {"adapter": FULL, "training__text_encoder_learning_rates": [5e-4, 1e-4]},
     "full, muon": {"adapter": FULL, "training__optimizer": {"type": "muon"}},
+    "schedule-free": {"training__optimizer": {"type": "schedule_free"}, "training__ema": {"enabled": False}},
+    "prodigy": {"training__optimizer": {"type": "prodigy"}, "training__learning_rate": 1.0},
+    "text encoders stop": {
+        "adapter__train_text_encoders": True,
+        "training__text_encoder_stop": 0.5,
+        "training__optimizer": {"type": "came"},
+    },
     "losses": {
         "objective__noise_offset": 0.1,
         "objective__input_perturbation": 0.1,
