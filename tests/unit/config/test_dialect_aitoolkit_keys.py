@@ -48,7 +48,7 @@ KEYS: dict[str, dict[str, tuple[Any, str]]] = {
         "gradient_checkpointing": (False, "training.gradient_checkpointing=False"),
         "noise_scheduler": ("flowmatch", "?flow matching"),
         "timestep_type": ("sigmoid", "!flow matching"),
-        "content_or_style": ("style", "?drawn evenly"),
+        "content_or_style": ("style", "objective.timesteps.type=beta"),
         "optimizer": ("adamw8bit", "training.optimizer.type=adamw8bit"),
         "optimizer_params": ({"weight_decay": 0.1}, "training.optimizer.weight_decay=0.1"),
         "lr": (1e-4, "training.learning_rate=0.0001"),

@@ -110,8 +110,27 @@ def _training(draft: Draft) -> None:
         if item := draft.take(name):
             value = number(item.value)
             draft.set(f"objective.{native}", (value + more) / 1000 if isinstance(value, int) else value, item)
+    _timesteps(draft)
     _inside(draft, draft.take("ema_config"), tables.EMA)
     _optimizer(draft)
+
+
+def _timesteps(draft: Draft) -> None:
+    """Content and style are the place 1 - u^3, or u^3, of ai-toolkit's table of timesteps, noisiest first."""
+    item = draft.take("content_or_style")
+    # P(1 - u^3 < x) = 1 - (1 - x)^(1/3), which is a beta distribution; from the other end, its mirror image.
+    shapes = {"content": (1, 1 / 3), "style": (1 / 3, 1)}
+    if item is None:
+        return
+    if item.value == "balanced":
+        draft.ignore(item, "timesteps are drawn evenly")
+    elif item.value in shapes:
+        note = "beta: more of the noisy timesteps" if item.value == "content" else "beta: more of the clear timesteps"
+        draft.set("objective.timesteps.type", "beta", item, note=note)
+        for name, value in zip(("alpha", "beta"), shapes[item.value], strict=True):
+            draft.set(f"objective.timesteps.{name}", value, item)
+    else:
+        draft.problem(item, f"{item.key} must be balanced, content or style, not {show(item.value)}")
 
 
 def _optimizer(draft: Draft) -> None:

@@ -100,7 +100,7 @@ TRAIN: dict[str, Rule] = {
     "gradient_checkpointing": Direct("training.gradient_checkpointing", "flag"),
     "noise_scheduler": Refused(_FLOW, off=("ddpm",), fix="write ddpm"),
     "timestep_type": Ignored(_FLOW),
-    "content_or_style": Refused("timesteps are drawn evenly", off=("balanced",), fix="use min/max_denoising_steps"),
+    "content_or_style": Alias("content_or_style"),
     "optimizer": Alias("optimizer"),
     "optimizer_params": Alias("optimizer_params"),
     "lr": Alias("lr"),

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gesso.config.dialects import flat, groups, kohya, kohya_tables, rules, sample_prompts, toml
+from gesso.config.dialects import flat, groups, kohya, kohya_losses, kohya_tables, rules, sample_prompts, toml
 from gesso.config.dialects.draft import Converted, Draft, Item, number, words
 from gesso.config.document import Document, file_name
 from gesso.config.problems import show
@@ -66,7 +66,7 @@ def to_run(document: Document, *, folder: Path) -> Converted:
         else:
             draft.ignore(item, f"says the same as {pictures[name].key}")
     _pictures(draft, pictures)
-    for part in (_length, _network, _rates, _model, _optimizer, _loss, _saving, _previews):
+    for part in (_length, _network, _rates, _model, _optimizer, _losses, _saving, _previews):
         part(draft)
     groups.training(draft)
     return draft.finish()
@@ -254,29 +254,8 @@ def _optimizer(draft: Draft) -> None:
         draft.assume("training.precision", "fp32", "the default of sd-scripts")
 
 
-def _loss(draft: Draft) -> None:
-    kind, schedule, delta, scale = (draft.take(n) for n in ("loss_type", "huber_schedule", "huber_c", "huber_scale"))
-    if kind is not None and kind.value == "smooth_l1":
-        draft.refuse(kind, "smooth_l1 is not there", fix="write l2, l1 or huber")
-    elif kind is not None:
-        draft.set("objective.loss_type", kind.value, kind)
-    huber = kind is not None and kind.value == "huber"
-    if huber and (schedule is None or schedule.value != "constant"):
-        what = "a huber loss whose delta follows the timestep comes in a later version"
-        draft.refuse(schedule or kind, what, fix='write huber_schedule = "constant"')  # type: ignore[arg-type]
-    elif schedule is not None:
-        draft.ignore(schedule, "delta is constant" if huber else "the loss is not huber")
-    if delta is not None and huber:
-        draft.set("objective.huber_delta", number(delta.value), delta)
-    elif delta is not None:
-        draft.ignore(delta, "the loss is not huber")
-    if scale is not None:
-        rules.refused(draft, scale, "huber has no scale beside its delta", off=(1,))
-    for name in ("timestep_low", "timestep_high"):
-        item = draft.take(name)
-        if item is not None:
-            value = number(item.value)
-            draft.set(f"objective.{name}", value / 1000 if isinstance(value, int | float) else value, item)
+def _losses(draft: Draft) -> None:
+    kohya_losses.lay(draft, predicts_v=draft.data.get("model", {}).get("prediction") == "v_prediction")
 
 
 def _saving(draft: Draft) -> None:
