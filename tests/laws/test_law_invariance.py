@@ -101,6 +101,31 @@ def test_splits_of_a_step_give_one_gradient(make_run: MakeRun, text_encoders: bo
         assert difference <= 1e-5, f"{batch_size} at once differs by {difference:.1e}"
 
 
+def test_splits_of_a_step_give_one_gradient_with_noise_of_every_kind(make_run: MakeRun) -> None:
+    objective = {
+        "pyramid_noise_iterations": 4,
+        "noise_offset": 0.1,
+        "input_perturbation": 0.1,
+        "timesteps": {"type": "logit_normal", "mean": 0.5},
+        "timestep_bias": {"begin": 0.5, "multiplier": 2},
+        "weighting": {"type": "debiased"},
+        "loss_type": "log_cosh",
+    }
+    gradients = {
+        size: first_gradient(
+            make_run(
+                f"split-{size}",
+                training__batch_size=size,
+                training__accumulation=4 // size,
+                objective=objective,
+            )
+        )[0]
+        for size in (1, 2, 4)
+    }
+    assert relative_difference(gradients[1], gradients[2]) <= 1e-5
+    assert relative_difference(gradients[1], gradients[4]) <= 1e-5
+
+
 def test_a_short_step_weighs_its_samples_fully(make_run: MakeRun) -> None:
     """The last window of an epoch holds 1 sample of 4: its gradient is that sample's own, not a quarter of it."""
     short, batches = first_gradient(make_run("short"), step=2)

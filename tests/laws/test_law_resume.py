@@ -40,6 +40,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "objective__loss_type": "huber",
         "data__crop": "random",
     },
+    "noise and timesteps": {
+        "objective": {
+            "pyramid_noise_iterations": 4,
+            "timesteps": {"type": "beta", "alpha": 2, "beta": 1},
+            "timestep_bias": {"begin": 0.5, "multiplier": 2},
+            "weighting": {"type": "soft_min_snr"},
+            "loss_type": "smooth_l1",
+            "huber_schedule": "snr",
+        },
+    },
 }
 
 

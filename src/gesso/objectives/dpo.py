@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from gesso.core.seams import Policy, Spec
+from gesso.core.seams import Policy
+from gesso.objectives.noising import Noising
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +22,7 @@ class _Sides(NamedTuple):
     rejected: Tensor
 
 
-class DPO(Spec):
+class DPO(Noising):
     """Prefer one picture of a pair to the other (Wallace et al. 2023, Diffusion-DPO, arXiv:2311.12908).
 
     With L the mean squared error of the prediction over a latent, and L_ref that of the model before training, at the
@@ -45,15 +46,9 @@ class DPO(Spec):
     """Share of the labels that are taken to be wrong (conservative DPO); for the sigmoid variant."""
     sft_weight: float = Field(default=0.0, ge=0)
     """Add so much of the preferred picture's ordinary loss, which keeps it from becoming less likely as well."""
-    timestep_low: float = Field(default=0.0, ge=0, lt=1)
-    """Train only on timesteps above this fraction of the range (0 = least noise)."""
-    timestep_high: float = Field(default=1.0, gt=0, le=1)
-    """Train only on timesteps below this fraction of the range (1 = most noise)."""
 
     @model_validator(mode="after")
     def _whole(self) -> DPO:
-        if self.timestep_low >= self.timestep_high:
-            raise ValueError("timestep_low must be below timestep_high")
         if self.label_smoothing and self.variant != "sigmoid":
             raise ValueError("label_smoothing belongs to the sigmoid variant")
         return self
@@ -90,10 +85,10 @@ class DPO(Spec):
         import torch
 
         assert batch.rejected is not None
-        t = policy.noise.sample_t(batch.u, low=self.timestep_low, high=self.timestep_high)
-        pictures, noise, times = _twice(batch.latents, batch.rejected), _twice(batch.noise), _twice(t)
-        noisy = policy.noise.corrupt(pictures, noise, times)
-        target = policy.noise.target(pictures, noise, times)
+        asked, mixed = self.draw_noise(batch)
+        pictures, times = _twice(batch.latents, batch.rejected), _twice(self.draw_t(policy.noise, batch))
+        noisy = policy.noise.corrupt(pictures, _twice(mixed), times)
+        target = policy.noise.target(pictures, _twice(asked), times)
 
         def errors() -> _Sides:
             cond = {name: _twice(value) for name, value in policy.condition(batch).items()}

@@ -108,3 +108,33 @@ def test_balanced_and_unknown_words_of_ai_toolkit(tmp_path: Path) -> None:
     assert load(JOB.format(word="balanced"), tmp_path, name="job.yaml").run.objective.timesteps.type == "uniform"
     (found,) = problems(JOB.format(word="both"), tmp_path, name="job.yaml")
     assert "must be balanced, content or style" in found
+
+
+FLAT = "pretrained_model_name_or_path: a/b\ntrain_data_dir: /x\nmax_train_steps: 10\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "bias"),
+    [
+        ("timestep_bias_strategy: later\ntimestep_bias_multiplier: 3\n", (0.75, 1, 3)),
+        ("timestep_bias_strategy: earlier\ntimestep_bias_portion: 0.4\ntimestep_bias_multiplier: 2\n", (0, 0.4, 2)),
+        (
+            "timestep_bias_strategy: range\ntimestep_bias_begin: 200\ntimestep_bias_end: 600\n"
+            "timestep_bias_multiplier: 5\n",
+            (0.2, 0.6, 5),
+        ),
+        ("timestep_bias_strategy: none\ntimestep_bias_multiplier: 3\ntimestep_bias_begin: 200\n", (0, 1, 1)),
+    ],
+)
+def test_timestep_bias_of_the_diffusers_scripts(lines: str, bias: tuple[float, float, float], tmp_path: Path) -> None:
+    loaded = load(FLAT + lines, tmp_path, name="train.yaml")
+    found = loaded.run.objective.timestep_bias
+    assert (found.begin, found.end, found.multiplier) == bias
+    assert loaded.report is not None
+    entries = (*loaded.report.mapped, *loaded.report.ignored)
+    assert {entry.key for entry in entries} >= {line.split(":")[0] for line in lines.splitlines()}
+
+
+def test_an_unknown_bias_is_named(tmp_path: Path) -> None:
+    (found,) = problems(FLAT + "timestep_bias_strategy: sometimes\n", tmp_path, name="train.yaml")
+    assert "must be none, earlier, later or range" in found

@@ -32,6 +32,7 @@ _GROUPED = (
     *("validation_prompts", "num_validation_images", "validation_steps", "report_to", "use_tensorboard", "use_wandb"),
     *("wandb_project", "wandb_run_name", "wandb_entity", "hub_model_id", "push_to_hub", "hub_token"),
     "resume_from_checkpoint",
+    *(f"timestep_bias_{name}" for name in ("strategy", "multiplier", "portion", "begin", "end")),
 )
 _ALIASES = {
     "model_name": "base_model",

@@ -23,7 +23,7 @@ _NOT_IN_SDXL = ("add_k_proj", "add_v_proj", "add_q_proj", "to_add_out")
 
 def apply(draft: Draft) -> None:
     """Read all groups."""
-    for group in (_method, _source, _images, _targets, _text_encoders, _output, _checkpoints):
+    for group in (_method, _source, _images, _targets, _text_encoders, _timestep_bias, _output, _checkpoints):
         group(draft)
     training(draft)
 
@@ -205,6 +205,37 @@ def _text_encoders(draft: Draft) -> None:
     else:
         many = rate.value if isinstance(rate.value, list) else [rate.value]
         draft.set("training.text_encoder_learning_rates", [number(one) for one in many], rate)
+
+
+def _timestep_bias(draft: Draft) -> None:
+    strategy, multiplier, portion, begin, end = (
+        draft.take(f"timestep_bias_{name}") for name in ("strategy", "multiplier", "portion", "begin", "end")
+    )
+    kind = "none" if strategy is None else strategy.value
+    if kind not in ("none", "earlier", "later", "range"):
+        assert strategy is not None
+        draft.problem(strategy, f"{strategy.key} must be none, earlier, later or range, not {show(kind)}")
+        return
+    for item, owners in ((multiplier, ("earlier", "later", "range")), (portion, ("earlier", "later"))):
+        if item is not None and kind not in owners:
+            draft.ignore(item, f"timestep_bias_strategy is {kind}")
+    for item, native in ((begin, "begin"), (end, "end")):
+        if item is not None and kind == "range":
+            value = number(item.value)
+            draft.set(f"objective.timestep_bias.{native}", value / 1000 if isinstance(value, int) else value, item)
+        elif item is not None:
+            draft.ignore(item, f"timestep_bias_strategy is {kind}")
+    if strategy is None or kind == "none":
+        if strategy is not None:
+            draft.ignore(strategy, "off")
+        return
+    share = number(portion.value) if portion is not None else 0.25
+    if kind != "range" and isinstance(share, int | float):
+        native, value = ("end", share) if kind == "earlier" else ("begin", 1 - share)
+        draft.set(f"objective.timestep_bias.{native}", value, portion or strategy)
+    draft.mapped.append(draft.entry(strategy, "objective.timestep_bias"))
+    if multiplier is not None:
+        draft.set("objective.timestep_bias.multiplier", number(multiplier.value), multiplier)
 
 
 def _output(draft: Draft) -> None:
