@@ -19,7 +19,7 @@ from gesso.data.loader import HeldOut, Loader
 from gesso.data.plan import Plan
 from gesso.data.store import Store
 from gesso.errors import UserError
-from gesso.evaluation import preview
+from gesso.evaluation import class_images, preview
 from gesso.evaluation import sample as sampling
 from gesso.evaluation.preview import Previewer
 from gesso.training.session import text_encoder_rates, text_type
@@ -42,6 +42,7 @@ class Prepared:
 def prepare(run: RunConfig, folder: RunFolder, runtime: Runtime, tell: Emit) -> Prepared:
     """Index the pictures, plan every step, encode what is not cached yet, and let go of the encoders."""
     family = run.model
+    class_images.complete(run, runtime, tell)
     index = dataset.build(run.data, progress=lambda done, all_: tell(Progress(0, "reading images", done, all_)))
     pairs.require(run, index.rows)
     plan = Plan.of(run, index.rows, multiple=family.latent_factor)

@@ -8,12 +8,16 @@ import typer
 from typer.core import TyperGroup
 
 from gesso import __version__
-from gesso.cli import cache, dataset, dataset_edit, dataset_pairs, micro, pictures, runs, system
+from gesso.cli import cache, dataset, dataset_edit, dataset_pairs, dreambooth, micro, pictures, runs, system
 from gesso.errors import Interrupted
 
 
 class _Group(TyperGroup):
-    """Lets Ctrl-C through as our own error, which has its own exit code."""
+    """Knows commands of two words, and lets Ctrl-C through as our own error, which has its own exit code."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        both = " ".join(args[:2])
+        return (both, self.commands[both], args[2:]) if both in self.commands else super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -58,6 +62,9 @@ def _top(
 app.command()(runs.new)
 app.command()(runs.check)
 app.command()(runs.train)
+# "train dreambooth" wins over a run file of that name, which is ./dreambooth.
+app.command("train dreambooth", context_settings={"ignore_unknown_options": True})(dreambooth.train)
+app.command("class-images")(dreambooth.class_images)
 app.command()(pictures.sample)
 app.command()(pictures.export)
 app.command()(system.demo)

@@ -34,7 +34,7 @@ def sample(
 ) -> None:
     """Draw pictures."""
     loras = [_weighted(text) for text in lora]
-    chosen = _precision(precision) if precision is not None else None
+    chosen = precision_named(precision) if precision is not None else None
     from gesso import stages
 
     files = stages.sample(
@@ -75,7 +75,7 @@ def export(
 ) -> None:
     """Write what was trained: a LoRA as one file, a full fine-tune as a diffusers folder. Either is verified."""
     _one_of("--format", file_format, ("diffusers", "kohya"))
-    chosen = _precision(precision)
+    chosen = precision_named(precision)
     from gesso import stages
 
     path = stages.export(
@@ -101,7 +101,8 @@ def _weighted(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-def _precision(text: str) -> Literal["fp16", "bf16", "fp32"]:
+def precision_named(text: str) -> Literal["fp16", "bf16", "fp32"]:
+    """A precision by its name; raises `UserError` for another word."""
     _one_of("--precision", text, ("fp16", "bf16", "fp32"))
     return cast(Literal["fp16", "bf16", "fp32"], text)
 

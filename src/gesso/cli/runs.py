@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -127,9 +128,21 @@ def train(
     ] = [],  # noqa: B006 (typer copies it)
 ) -> None:
     """Train, or go on training."""
+    loaded = _load_for_training(_one_file(run, config, resume), sets, output)
+    carry_out(loaded, resume=resume, hub_repo=hub_repo, push=push, accept=accept)
+
+
+def carry_out(
+    loaded: Loaded,
+    *,
+    resume: str | None = None,
+    hub_repo: str | None = None,
+    push: bool = False,
+    accept: Sequence[str] = (),
+) -> None:
+    """Look a run over, train it, and push the result if that is asked for."""
     from gesso.adapters import Full
 
-    loaded = _load_for_training(_one_file(run, config, resume), sets, output)
     report = loaded.report
     resume = resume or (report.resume if report is not None else None)
     hub_repo = hub_repo or (report.hub_repo if report is not None else None)

@@ -26,7 +26,7 @@ def report(dialect: DialectReport | None) -> None:
     lines += [(entry, f"{entry.key}: no effect: {entry.note}") for entry in dialect.ignored]
     # Keys of a second file that the first one names begin with that file's name.
     for entry, text in sorted(lines, key=lambda line: (line[0].key.rpartition(": ")[0], line[0].line or 0)):
-        typer.echo(f"  line {entry.line or 0}: {text}")
+        typer.echo(f"  line {entry.line}: {text}" if entry.line else f"  {text}")
     for entry in dialect.assumed:
         typer.echo(f"  filled in: {entry.key} = {entry.note}")
 

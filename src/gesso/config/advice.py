@@ -188,7 +188,8 @@ def _settings(run: RunConfig) -> Iterator[Finding]:
 
 
 def _about_numbers(run: RunConfig, numbers: Forecast) -> Iterator[Finding]:
-    images, group = sum(numbers.images), run.training.batch_size * run.training.accumulation
+    images = sum(n for n, s in zip(numbers.images, run.data.sources, strict=True) if s.role == "instance")
+    group = run.training.batch_size * run.training.accumulation
     if numbers.held_out >= images:
         what = f"{images} image(s) cannot be shared between training and validation"
         yield _error("data.validation.fraction", what, "set it to 0")

@@ -58,6 +58,11 @@ def priors(run: RunConfig) -> Iterator[Finding]:
         yield warning("objective.prior_weight", what, "write 1, or objective: {type: denoise}")
     if not objective.wanted or not prior:
         return
+    for i in (i for i in range(len(listed)) if i not in prior):
+        own, drawn = Path(listed[i].path), Path(listed[prior[0]].path)
+        if own.is_relative_to(drawn) or drawn.is_relative_to(own):
+            what = f"the class images go to {drawn}, and would be taken for instances (or these for class images)"
+            yield error(f"data.sources.{i}.path", what, "give the class images a folder of their own")
     first = listed[prior[0]]
     if len(prior) > 1:
         what = f"{len(prior)} sources have role: prior, and it is not clear which of them is to be filled"

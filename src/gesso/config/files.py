@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import to_json
 
 from gesso.config import dialects, document, presets, problems, schema
-from gesso.config.dialects import DialectReport
+from gesso.config.dialects import DialectReport, flat
 from gesso.config.document import Document, KeyPath, dotted
 from gesso.config.layers import SET, Layers
 from gesso.config.new import write_new
@@ -20,7 +20,7 @@ from gesso.config.problems import Place
 from gesso.config.run import RunConfig
 from gesso.errors import Problems, UserError
 
-__all__ = ["Loaded", "dump", "load", "load_text", "write_new"]
+__all__ = ["Loaded", "dump", "load", "load_options", "load_text", "write_new"]
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,20 @@ def load_text(text: str, *, folder: Path, file: str = "run.yaml", sets: Sequence
     return _load(document.parse(text, file=file), folder=folder, sets=sets)
 
 
+def load_options(options: Mapping[str, Any], *, folder: Path, sets: Sequence[str] = ()) -> Loaded:
+    """As `load`, from options of the diffusers scripts by their names; `folder` is what relative paths start from."""
+    return _load(Document(dict(options), {}, "command line"), folder=folder, sets=sets, tool=flat.NAME)
+
+
 def dump(run: RunConfig) -> str:
     """The run as YAML with every value written out; the run folder is made absolute."""
     return document.emit({**run.model_dump(mode="json"), "output": str(run.folder.expanduser().absolute())})
 
 
-def _load(doc: Document, *, folder: Path, sets: Sequence[str]) -> Loaded:
+def _load(doc: Document, *, folder: Path, sets: Sequence[str], tool: str | None = None) -> Loaded:
     layers, report, found = Layers(doc.file), None, list[UserError]()
     overrides = [_parse_set(text) for text in sets]
-    tool = dialects.detect(doc.data)
+    tool = tool or dialects.detect(doc.data)
     if tool is not None:
         converted = dialects.convert(tool, doc, folder=folder)
         layers.data, layers.places = converted.data, dict(converted.places)

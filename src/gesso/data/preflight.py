@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gesso.config import class_images
 from gesso.config.forecast import Counted
 from gesso.config.run import RunConfig
 from gesso.core.random import permutation
@@ -43,6 +44,7 @@ def preflight(
 
     `multiple` is what the family needs of every side, `samples` how many samples to show.
     """
+    asked, missing, run = run, class_images.missing(run), class_images.without_missing(run)
     index = build(run.data, progress=progress)
     pairs.require(run, index.rows)
     training = run.training
@@ -51,19 +53,29 @@ def preflight(
         steps = range(training.total_steps(plan.steps_per_epoch))
         plan.refuse_unrepeated(steps, captions=not run.adapter.train_text_encoders)  # as the run would, later
     own = len(run.data.sources)
-    sources = np.bincount(index.rows.numbers("source"), minlength=own)[:own]
+    there = iter(np.bincount(index.rows.numbers("source"), minlength=own)[:own].tolist())
+    # With the class images that are yet to be drawn.
+    images = tuple(
+        (next(there) if source in run.data.sources else 0) + (missing if source.role == "prior" else 0)
+        for source in asked.data.sources
+    )
     held_out = int((index.validation.numbers("source") < own).sum())
-    counted = Counted(tuple(int(count) for count in sources), held_out, plan.visits_per_epoch, plan.steps_per_epoch)
+    counted = Counted(images, held_out, plan.visits_per_epoch, plan.steps_per_epoch)
     counter, most = tokens.counter_for(run)
     return Preflight(
         counted,
         tuple(plan.describe()),
         tuple(plan.concepts()),
-        (*index.notices, *plan.notices, *_overlong(plan, counter, most)),
+        (*index.notices, *plan.notices, *_overlong(plan, counter, most), *_to_draw(asked, missing)),
         tuple(_some(plan, samples, run.seed)),
         counter,
         int(index.rows.pairs.sum()),
     )
+
+
+def _to_draw(run: RunConfig, missing: int) -> Iterator[str]:
+    if missing:
+        yield f"{missing} class images are missing in {class_images.folder(run)}: they are drawn before training starts"
 
 
 def _overlong(plan: Plan, counter: Counter, most: int) -> Iterator[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -72,27 +73,32 @@ def draw(
     shots: Sequence[Shot],
     *,
     embeddings: Sequence[Embeddings] | None = None,
+    batch: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Image.Image]:
-    """Draw the shots one at a time through the pipeline's own `__call__`; `progress` hears (done, total).
+    """Draw the shots through the pipeline's own `__call__`; `progress` hears (done, total).
 
-    Noise comes from a CPU generator seeded per picture. Raises `UserError` for a size that the model cannot have and
-    `NumericError` for a picture that is not finite or is one flat colour.
+    Up to `batch` of them that follow one another and differ only in prompt and seed are drawn at once. Noise comes from
+    a CPU generator seeded per picture. Raises `UserError` for a size that the model cannot have and `NumericError` for
+    a picture that is not finite or is one flat colour.
     """
     for shot in shots:
         if shot.width % 8 or shot.height % 8 or min(shot.width, shot.height) < 8:
             raise UserError(
                 f"a picture of {shot.width} x {shot.height} pixels cannot be drawn", fix="use multiples of 8"
             )
-    pictures = []
+    pictures: list[Image.Image] = []
     pipeline.set_progress_bar_config(disable=True)
     with _untouched(pipeline):
         # Training parks the VAE in main memory between previews.
         pipeline.vae.to(pipeline.unet.device)
-        for i, shot in enumerate(shots):
-            pictures.append(_draw(pipeline, shot, None if embeddings is None else embeddings[i]))
+        while len(pictures) < len(shots):
+            done = len(pictures)
+            part = _alike(shots[done : done + batch])
+            encoded = None if embeddings is None else embeddings[done : done + len(part)]
+            pictures += _draw(pipeline, part, encoded)
             if progress is not None:
-                progress(i + 1, len(shots))
+                progress(len(pictures), len(shots))
     return pictures
 
 
@@ -101,17 +107,45 @@ def settings(shot: Shot, *, pipeline: Any, model: str) -> dict[str, Any]:
     return {**vars(shot), "sampler": type(pipeline.scheduler).__name__, "model": model}
 
 
-def _draw(pipeline: Any, shot: Shot, embeddings: Embeddings | None) -> Image.Image:
-    prompts: dict[str, Any] = {"prompt": shot.prompt, "negative_prompt": shot.negative or None}
+def _alike(shots: Sequence[Shot]) -> list[Shot]:
+    """The first of them, and those right after it that differ from it only in prompt and seed."""
+
+    def rest(shot: Shot) -> tuple[object, ...]:
+        return shot.negative, shot.steps, shot.guidance, shot.width, shot.height
+
+    return list(takewhile(lambda shot: rest(shot) == rest(shots[0]), shots))
+
+
+def _draw(pipeline: Any, shots: Sequence[Shot], embeddings: Sequence[Embeddings] | None) -> list[Image.Image]:
+    """Shots that differ in prompt and seed alone, at once; each is decoded for itself, which takes less memory."""
+    first = shots[0]
     latents = pipeline(
-        **(prompts if embeddings is None else embeddings),
-        num_inference_steps=shot.steps,
-        guidance_scale=shot.guidance,
-        width=shot.width,
-        height=shot.height,
-        generator=torch.Generator("cpu").manual_seed(shot.seed),
+        **(_prompts(shots) if embeddings is None else _joined(embeddings)),
+        num_inference_steps=first.steps,
+        guidance_scale=first.guidance,
+        width=first.width,
+        height=first.height,
+        generator=[torch.Generator("cpu").manual_seed(shot.seed) for shot in shots],
         output_type="latent",
     ).images
+    return [_picture(pipeline, shot, latents[i : i + 1]) for i, shot in enumerate(shots)]
+
+
+def _prompts(shots: Sequence[Shot]) -> dict[str, Any]:
+    negative = [shot.negative for shot in shots]
+    return {"prompt": [shot.prompt for shot in shots], "negative_prompt": negative if any(negative) else None}
+
+
+def _joined(embeddings: Sequence[Embeddings]) -> dict[str, Tensor | None]:
+    found: dict[str, Tensor | None] = {}
+    for name in embeddings[0]:
+        tensors = [tensor for one in embeddings if (tensor := one[name]) is not None]
+        found[name] = torch.cat(tensors) if tensors else None
+    return found
+
+
+def _picture(pipeline: Any, shot: Shot, latents: Tensor) -> Image.Image:
+    """One picture from its latents [1, C, h, w]."""
     if not torch.isfinite(latents).all():
         raise NumericError(
             f"the denoiser's answer is not finite (seed {shot.seed}, '{shot.prompt}')",

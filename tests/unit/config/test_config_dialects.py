@@ -15,7 +15,6 @@ from config_guides import (
     MEMORY,
     NESTED,
     OUT_OF_MEMORY,
-    PRIOR,
     SLOW,
     TEXT_ENCODER,
     VALIDATION,
@@ -175,7 +174,6 @@ def test_speed_and_text_encoder_fragments() -> None:
 @pytest.mark.parametrize(
     ("text", "key", "words"),
     [
-        (PRIOR, "prior_preservation.enabled", "prior preservation comes in a later version"),
         (MEMORY, "training.enable_cpu_offload", "CPU offload comes in a later version"),
         (OUT_OF_MEMORY, "training.enable_cpu_offload", "CPU offload comes in a later version"),
         (IDENTITY, "consistency.enable_identity_loss", "the identity loss comes in a later version"),
@@ -191,7 +189,7 @@ def test_what_is_not_there_is_refused_by_name(text: str, key: str, words: str) -
     assert words in found
 
 
-@pytest.mark.parametrize("text", [PRIOR, MEMORY, OUT_OF_MEMORY, IDENTITY])
+@pytest.mark.parametrize("text", [MEMORY, OUT_OF_MEMORY, IDENTITY])
 def test_the_same_switched_off_is_accepted(text: str) -> None:
     off = text.replace("enabled: true", "enabled: false").replace("identity_loss: true", "identity_loss: false")
     off = off.replace("enable_cpu_offload: true", "enable_cpu_offload: false")
@@ -206,7 +204,7 @@ def test_the_same_switched_off_is_accepted(text: str) -> None:
 
 
 def test_everything_refused_is_named_in_one_go() -> None:
-    text = merged(PRIOR)
+    text = merged("training: {scale_lr: true}")
     for extra in (IDENTITY, "logging: {report_to: comet_ml}", "training: {enable_cpu_offload: true}"):
         base = document.parse(text, file="x").data
         for section, values in document.parse(extra, file="x").data.items():

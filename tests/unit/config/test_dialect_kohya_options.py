@@ -139,7 +139,7 @@ log_with = "wandb"
     run = loaded.run
     train, prior = run.data.sources
     assert (train.path, train.layout, train.missing_captions) == (f"{tmp_path}/img", "kohya", "concept")
-    assert (prior.path, prior.layout, prior.role, prior.weight) == (f"{tmp_path}/reg", "kohya", "prior", 0.5)
+    assert (prior.path, prior.layout, prior.role, prior.weight) == (f"{tmp_path}/reg", "kohya", "prior", 1)
     assert (run.data.captions.shuffle, run.data.captions.keep, run.data.buckets.enabled) == (True, 1, False)
     assert (run.training.steps, run.training.epochs, run.training.batch_size) == (None, 10, 2)
     assert (run.training.schedule.cycles, run.training.schedule.warmup) == (3, 0.05)

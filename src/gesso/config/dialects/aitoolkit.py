@@ -108,6 +108,12 @@ def _blocks(draft: Draft, process: Mapping[str, Any], path: KeyPath) -> None:
             draft.problem(draft.item(here, block), f"{name} must be a section with keys of its own")
 
 
+_REGULARISED = (
+    "ai-toolkit takes every other batch from the regularisation images; here each step has as many of them as of the "
+    "others, on top"
+)
+
+
 def _datasets(draft: Draft, value: Any, path: KeyPath) -> None:
     trigger, weight = draft.items.get("trigger"), draft.take("reg_weight")
     listed = value if isinstance(value, list) else []
@@ -135,10 +141,10 @@ def _datasets(draft: Draft, value: Any, path: KeyPath) -> None:
             draft.problems.append(UserError("folder_path is missing", where=where, fix="name the folder of images"))
         made.append(_source(draft, items, trigger, weight))
         shared.append(items)
-    if weight is not None and not any(one.values.get("role", ("",))[0] == "prior" for one in made):
+    if weight is not None and not any(one.prior for one in made):
         draft.ignore(weight, "no data set has is_reg")
     _buckets(draft, shared)
-    kohya.write(draft, made)
+    kohya.write(draft, made, regularised=_REGULARISED)
 
 
 def _source(draft: Draft, items: Mapping[str, Item], trigger: Item | None, weight: Item | None) -> kohya.Made:
@@ -166,12 +172,7 @@ def _source(draft: Draft, items: Mapping[str, Item], trigger: Item | None, weigh
     if "random_crop" in items:
         made.values["crop"] = ("random" if draft.flag(items["random_crop"]) else "center", items["random_crop"])
     if prior and weight is not None:
-        own = made.values.get("weight", (1, weight))[0]
-        value = number(weight.value)
-        both = value * own if isinstance(value, int | float) and isinstance(own, int | float) else value
-        made.values["weight"] = (both, weight)
-        if "loss_multiplier" in items:
-            draft.mapped.append(draft.entry(items["loss_multiplier"], "data.sources[].weight"))
+        draft.set("objective.prior_weight", number(weight.value), weight)
     if (size := items.get("resolution")) is not None:
         made.sides, made.size = _sides(draft, size), size
     else:

@@ -69,7 +69,10 @@ DATASET: dict[str, Rule] = {
     "resolution": Alias("resolution"),
     "num_repeats": Direct("repeats"),
     "is_reg": Alias("is_reg"),
-    "prior_reg": Refused("a prior made by the model itself comes in a later version", fix="use is_reg"),
+    "prior_reg": Refused(
+        "a prior by the model itself is for all images",
+        fix="take it out, and in a run file write objective: {type: dreambooth, prior: model, class_prompt: ...}",
+    ),
     "network_weight": Refused(
         "a strength of the adapter of its own for some images is not there",
         off=(1,),

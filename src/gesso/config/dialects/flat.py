@@ -31,7 +31,7 @@ _GROUPED = (
     *("mixed_precision", "enable_xformers", "text_encoder_lr", "output_dir", "checkpoints_total_limit"),
     *("validation_prompts", "num_validation_images", "validation_steps", "report_to", "use_tensorboard", "use_wandb"),
     *("wandb_project", "wandb_run_name", "wandb_entity", "hub_model_id", "push_to_hub", "hub_token"),
-    "resume_from_checkpoint",
+    *("resume_from_checkpoint", "use_lora", *groups.PRIOR),
     *(f"timestep_bias_{name}" for name in ("strategy", "multiplier", "portion", "begin", "end")),
 )
 _ALIASES = {

@@ -21,9 +21,13 @@ _PRECISIONS = {"no": "fp32", "fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}
 _NOT_IN_SDXL = ("add_k_proj", "add_v_proj", "add_q_proj", "to_add_out")
 
 
+PRIOR = ("with_prior_preservation", "prior_loss_weight", "class_data_dir", "class_prompt", "num_class_images")
+"""What belongs to prior preservation; without the first the others say nothing."""
+
+
 def apply(draft: Draft) -> None:
     """Read all groups."""
-    for group in (_method, _source, _images, _targets, _text_encoders, _timestep_bias, _output, _checkpoints):
+    for group in (_method, _source, _prior, _images, _targets, _text_encoders, _timestep_bias, _output, _checkpoints):
         group(draft)
     training(draft)
 
@@ -35,7 +39,15 @@ def training(draft: Draft) -> None:
 
 
 def _method(draft: Draft) -> None:
-    item = draft.take("finetune_method")
+    item, low_rank = draft.take("finetune_method"), draft.take("use_lora")
+    if low_rank is not None and draft.flag(low_rank) is False:
+        draft.refuse(
+            low_rank, "a LoRA is what trains unless another method is named", fix="write finetune_method: full"
+        )
+    elif low_rank is not None and item is not None and item.value == "full":
+        draft.problem(low_rank, f"{low_rank.key} is on, but {item.key} is full", fix="keep one of them")
+    elif low_rank is not None:
+        draft.set("adapter.type", "lora", low_rank)
     if item is None:
         return
     match item.value:
@@ -78,6 +90,39 @@ def _source(draft: Draft) -> None:
         draft.set("data.sources.0.trigger", prompt.value, prompt)
         why = "the instance prompt is the caption of every image that has none"
         draft.assume("data.sources.0.missing_captions", "trigger", why)
+
+
+def _prior(draft: Draft) -> None:
+    """Prior preservation on a folder of class images, as the diffusers scripts have it."""
+    on, weight, folder, prompt, count = (draft.take(name) for name in PRIOR)
+    if on is None or draft.flag(on) is not True:
+        switch = "with_prior_preservation" if on is None else on.key
+        for item in (weight, folder, prompt, count):
+            if item is not None:
+                draft.ignore(item, f"prior preservation is off; {switch} turns it on")
+        if on is not None:
+            draft.ignore(on, "off")
+        return
+    draft.set("objective.type", "dreambooth", on)
+    if weight is not None:
+        draft.set("objective.prior_weight", number(weight.value), weight)
+    for item, name, example in ((prompt, "class_prompt", "a photo of a person"), (folder, "class_data_dir", "class")):
+        if item is None:
+            draft.problem(on, f"{on.key} is on, but there is no {name}", fix=f"add {name}: {example}")
+    if folder is None or prompt is None or not draft.data.get("data", {}).get("sources"):
+        for item in (folder, prompt, count):
+            if item is not None:
+                draft.ignore(item, "see the problems")
+        return
+    draft.set("data.sources.1.path", draft.path(str(folder.value)), folder)
+    draft.assume("data.sources.1.role", "prior", "it holds the class images")
+    draft.set("data.sources.1.trigger", prompt.value, prompt)
+    draft.assume("data.sources.1.missing_captions", "trigger", "the class prompt is the caption of every class image")
+    draft.set("objective.class_prompt", prompt.value, prompt)
+    if count is not None:
+        draft.set("objective.class_images", number(count.value), count)
+    else:
+        draft.assume("objective.class_images", 100, "the default of the diffusers scripts")
 
 
 def _dataset(draft: Draft, item: Item, part: Item | None) -> Item | None:

@@ -19,6 +19,10 @@ from gesso.config.problems import show
 from gesso.errors import UserError
 
 NAME = "a dataset file of sd-scripts"
+MIXED = (
+    "sd-scripts averages over batches of images and regularisation images, half and half; here each step has as many "
+    "of these on top and adds up the two means, so that a learning rate there corresponds to half of it here"
+)
 
 _NO_CONTROL = "ControlNet training comes in a later version"
 _CUT = "cropping to faces comes in a later version"
@@ -84,6 +88,11 @@ class Made:
     sides: tuple[int, ...] = ()
     size: Item | None = None
     """The key that says the resolution."""
+
+    @property
+    def prior(self) -> bool:
+        """Whether it holds regularisation images."""
+        return self.values.get("role", ("",))[0] == "prior"
 
     def same(self, other: Made) -> bool:
         """Whether only the resolution differs: one set, seen at several resolutions."""
@@ -166,11 +175,15 @@ def lay(draft: Draft, document: Document, options: Mapping[str, Item], *, folder
 def finish(draft: Draft, made: Sequence[Made], shared: Sequence[Mapping[str, Item]]) -> None:
     """Write the sources, and what counts for the whole run; what differs between data sets there is a problem."""
     _whole(draft, shared, largest=max((side for one in made for side in one.sides), default=0))
-    write(draft, made)
+    write(draft, made, regularised=MIXED)
 
 
-def write(draft: Draft, made: Sequence[Made]) -> None:
-    """Write the sources; equal ones at several resolutions become one, and captions that all share stand once."""
+def write(draft: Draft, made: Sequence[Made], *, regularised: str) -> None:
+    """Write the sources; equal ones at several resolutions become one, and captions that all share stand once.
+
+    `regularised` tells what the tool does with regularisation images that is not quite what is done here."""
+    if any(one.prior for one in made):
+        draft.assume("objective.type", "dreambooth", regularised)
     sources: list[list[Made]] = []
     for one in made:
         twin = next((group for group in sources if all(one.same(other) for other in group)), None)
@@ -286,8 +299,8 @@ def _extras(draft: Draft, made: Made, options: Mapping[str, Item]) -> None:
     if alpha is not None:
         made.values["mask"] = ("alpha" if draft.flag(alpha) else "none", alpha)
     weight = options.get("prior_loss_weight")
-    if weight is not None and made.values.get("role", ("", ""))[0] == "prior":
-        made.values["weight"] = (number(weight.value), weight)
+    if weight is not None and made.prior:
+        draft.set("objective.prior_weight", number(weight.value), weight)
 
 
 def sides(draft: Draft, item: Item) -> tuple[int, ...]:

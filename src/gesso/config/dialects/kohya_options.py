@@ -125,7 +125,7 @@ def _tree(draft: Draft, options: Mapping[str, Item], item: Item, role: str) -> k
     if role == "prior":
         made.values["role"] = (role, item)
         if weight is not None:
-            made.values["weight"] = (number(weight.value), weight)
+            draft.set("objective.prior_weight", number(weight.value), weight)
     return made
 
 

@@ -95,14 +95,17 @@ IGNORED = {
     "set_grads_to_none": "always so",
     "identity_loss_weight": "belongs to enable_identity_loss",
     "face_model": "belongs to enable_identity_loss",
-    "prior_loss_weight": "belongs to prior preservation",
-    "class_data_dir": "belongs to prior preservation",
-    "class_prompt": "belongs to prior preservation",
-    "num_class_images": "belongs to prior preservation",
+    "sample_batch_size": "class images are drawn four at a time",
+    "prior_generation_precision": "class images are drawn in the precision of the training",
+    "image_interpolation_mode": "pictures are resized with Lanczos",
+    "cache_dir": "models from the hub are kept where HF_HOME says",
+    "local_rank": "the launcher tells it",
 }
 
 REFUSED = {
-    "with_prior_preservation": "prior preservation comes in a later version",
+    "output_kohya_format": "after training, `gesso export RUN --format kohya` writes it",
+    "do_edm_style_training": "EDM-style training comes in a later version",
+    "adam_weight_decay_text_encoder": "all parts have one weight decay, adam_weight_decay",
     "enable_identity_loss": "the identity loss comes in a later version",
     "enable_cpu_offload": "CPU offload comes in a later version",
     "use_dora": "DoRA comes in a later version",
