@@ -32,7 +32,7 @@ from docs_helpers import (
 from PIL import Image
 
 from gesso import errors
-from gesso.cli import failure, show
+from gesso.cli import dreambooth, failure, show
 from gesso.cli.app import app
 from gesso.config import advice, dialects, document, files, presets, schema
 from gesso.config.run import RunConfig, Source
@@ -137,7 +137,11 @@ def test_a_command_line_parses(where: str, line: str) -> None:
     _, *arguments = shlex.split(line, comments=True)
     command: Any = typer.main.get_command(app)
     while arguments and arguments[0] in vars(command).get("commands", {}):
-        command = command.commands[arguments.pop(0)]
+        words = 2 if " ".join(arguments[:2]) in command.commands else 1
+        command = command.commands[" ".join(arguments[:words])]
+        arguments = arguments[words:]
+    if command.name == "train dreambooth":
+        assert not files.load_options(dreambooth.options(arguments), folder=Path("/")).report.refused  # type: ignore[union-attr]
     assert "commands" not in vars(command), f"{where}: no such command: {line}"
     given = command.make_context(command.name, arguments).params
     if sets := given.get("sets"):

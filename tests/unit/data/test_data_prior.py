@@ -10,9 +10,11 @@ from data_helpers import captioned, data_for, row
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gesso.config.run import Buckets, Data, Source
+from gesso.config import advice
+from gesso.config.run import Buckets, Data, RunConfig, Source
 from gesso.data.index import build
 from gesso.data.plan import Plan, Visit
+from gesso.data.preflight import preflight
 from gesso.data.rows import Row
 from gesso.errors import UserError
 
@@ -173,3 +175,26 @@ class TestValidation:
         )
         p = Plan(build(data).rows, data=data, batch_size=1)
         assert [(v.caption, v.role) for v in p.validation] == [("sks, held", "instance")]
+
+
+def test_a_check_goes_on_without_class_images_that_are_yet_to_be_drawn(tmp_path: Path) -> None:
+    for i in range(3):
+        captioned(tmp_path / "one", f"{i}.png", "one", (64, 64), (80 * i, 100, 9))
+    data = {"sources": [{"path": tmp_path / "class", "role": "prior"}, {"path": tmp_path / "one"}], "resolution": 64}
+    run = RunConfig.model_validate(
+        {
+            "data": {**data, "cache": tmp_path / "c"},
+            "objective": {"type": "dreambooth", "class_prompt": "a thing", "class_images": 5},
+            "training": {"steps": 3},
+            "model": {"base": "micro:sdxl"},
+        }
+    )
+    seen = preflight(run)
+    assert seen.counted.images == (5, 3)
+    assert seen.counted.samples_per_epoch == 3
+    assert any("5 class images are missing" in notice for notice in seen.notices)
+    captioned(tmp_path / "class", "mine.png", "a thing", (64, 64), "red")
+    seen = preflight(run)
+    assert seen.counted.images == (5, 3)
+    assert any("4 class images are missing" in notice for notice in seen.notices)
+    assert not advice.check(run, counted=seen.counted).errors

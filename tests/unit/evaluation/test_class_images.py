@@ -1,0 +1,147 @@
+"""Class images: only what is missing is drawn, nothing is overwritten, and a broken-off drawing goes on as it began."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gesso.config.run import Source
+from gesso.core.events import Event, Progress
+from gesso.data.sources import collect
+from gesso.errors import Interrupted, UserError
+from gesso.evaluation import class_images
+from gesso.evaluation.class_images import Wanted, fill
+from gesso.evaluation.pictures import read_settings
+from gesso.evaluation.sample import Shot, draw
+from gesso.families.sdxl import SDXL
+
+PIPELINE = SimpleNamespace(default_sample_size=8, vae_scale_factor=8, scheduler=object())
+
+
+class Drawn:
+    """Stands in for drawing: a picture tells its seed by its pixels. `broken` stops after so many batches."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.batches: list[list[Shot]] = []
+        self.opened, self.broken = 0, -1
+        monkeypatch.setattr(class_images, "draw", self.draw)
+
+    def open(self) -> tuple[Any, str]:
+        self.opened += 1
+        return PIPELINE, "a model"
+
+    def draw(self, _pipeline: Any, shots: list[Shot], *, batch: int) -> list[Image.Image]:
+        assert len(shots) <= batch
+        if len(self.batches) == self.broken:
+            raise Interrupted("stopped")
+        self.batches.append(shots)
+        return [Image.new("RGB", (shot.width, shot.height), (shot.seed, 1, 2)) for shot in shots]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [shot.seed for batch in self.batches for shot in batch]
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
+    return Drawn(monkeypatch)
+
+
+def run(wanted: Wanted, drawn: Drawn) -> tuple[int, list[Event]]:
+    told: list[Event] = []
+    return fill(wanted, open_pipeline=drawn.open, emit=told.append), told
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_a_folder_is_filled_and_is_a_source_as_it_is(tmp_path: Path, drawn: Drawn) -> None:
+    wanted = Wanted(tmp_path / "class", "a photo of a person", 5, seed=30, width=64, height=48, batch=2)
+    count, told = run(wanted, drawn)
+    assert count == 5
+    assert drawn.seeds == [30, 31, 32, 33, 34]
+    assert [len(batch) for batch in drawn.batches] == [2, 2, 1]
+    assert [e.done for e in told if isinstance(e, Progress)] == [0, 2, 4, 5]
+    found = collect(Source(path=str(wanted.folder), role="prior"))
+    assert not found.problems
+    assert [record.caption for record in found.records] == ["a photo of a person"] * 5
+    made = read_settings(wanted.folder / "class-00003.png")
+    assert (made["prompt"], made["seed"], made["width"], made["model"]) == ("a photo of a person", 33, 64, "a model")
+
+
+def test_broken_off_it_goes_on_to_the_same_folder(tmp_path: Path, drawn: Drawn) -> None:
+    whole, part = (Wanted(tmp_path / name, "a dog", 7, batch=2) for name in ("whole", "part"))
+    run(whole, drawn)
+    drawn.batches.clear()
+    drawn.broken = 2
+    with pytest.raises(Interrupted):
+        run(part, drawn)
+    kept = contents(part.folder)
+    assert len([name for name in kept if name.endswith(".png")]) == 4
+    (part.folder / "class-00004.txt").write_text("half")  # its picture is missing
+    drawn.broken = -1
+    assert run(part, drawn)[0] == 3
+    assert contents(part.folder) == contents(whole.folder)
+    assert drawn.seeds == list(range(7)), "none is drawn twice"
+
+
+def test_nothing_missing_opens_no_model(tmp_path: Path, drawn: Drawn) -> None:
+    wanted = Wanted(tmp_path, "a dog", 2)
+    run(wanted, drawn)
+    before = contents(tmp_path)
+    assert run(wanted, drawn) == (0, [])
+    assert run(Wanted(tmp_path, "a dog", 1), drawn)[0] == 0
+    assert drawn.opened == 1
+    assert contents(tmp_path) == before
+
+
+def test_pictures_that_are_there_count_and_gaps_are_filled(tmp_path: Path, drawn: Drawn) -> None:
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "mine.jpg")
+    run(Wanted(tmp_path, "a dog", 4), drawn)
+    assert drawn.seeds == [0, 1, 2]
+    (tmp_path / "class-00001.png").unlink()
+    drawn.batches.clear()
+    before = contents(tmp_path)
+    run(Wanted(tmp_path, "a dog", 5), drawn)
+    assert drawn.seeds == [1, 3]
+    after = contents(tmp_path)
+    assert {name: after[name] for name in before} == before
+
+
+def test_folders_that_will_not_do_are_explained(tmp_path: Path, drawn: Drawn) -> None:
+    run(Wanted(tmp_path / "dogs", "a dog", 2), drawn)
+    with pytest.raises(UserError, match="class images of 'a dog', and these are to be of 'a cat'"):
+        run(Wanted(tmp_path / "dogs", "a cat", 3), drawn)
+    (tmp_path / "listed").mkdir()
+    (tmp_path / "listed" / "metadata.jsonl").write_text(json.dumps({"file_name": "x.png", "text": "x"}))
+    with pytest.raises(UserError, match="none that is drawn now would be seen"):
+        run(Wanted(tmp_path / "listed", "a dog", 1), drawn)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="this is a file"):
+        run(Wanted(tmp_path / "file", "a dog", 1), drawn)
+    assert drawn.opened == 1
+
+
+def test_pictures_of_a_batch_are_those_drawn_one_by_one(base: Path) -> None:
+    """The same noise and prompt for each, whatever is drawn beside it; only the last bits of the sums may differ."""
+    family = SDXL(base=str(base))
+    pipeline = family.pipeline(
+        family.load(("denoiser", "vae", "text"), dtype=torch.float32, device=torch.device("cpu"))
+    )
+    shots = [Shot(f"a thing {i % 2}", seed=i, steps=2, guidance=4.0, width=64, height=64) for i in range(3)]
+    shots += [Shot("a thing", "bad", seed=9, steps=2, guidance=4.0, width=64, height=48)]
+    told: list[tuple[int, int]] = []
+    alone = draw(pipeline, shots)
+    together = draw(pipeline, shots, batch=3, progress=lambda *step: told.append(step))
+    assert told == [(3, 4), (4, 4)]
+    for one, other in zip(alone, together, strict=True):
+        assert np.abs(np.asarray(one).astype(int) - np.asarray(other).astype(int)).max() <= 1
+    assert np.asarray(alone[0]).tobytes() != np.asarray(alone[2]).tobytes()
