@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -13,6 +13,10 @@ from gesso.cli import runs
 from gesso.cli.console import Console
 from gesso.cli.pictures import precision_named
 from gesso.errors import UserError
+
+if TYPE_CHECKING:
+    from gesso.core.runtime import Precision
+    from gesso.evaluation.class_images import Wanted
 
 _SIZE = re.compile(r"(\d+)(?:[xX*](\d+))?")
 
@@ -67,22 +71,27 @@ def class_images(
     """
     width, height = _size(size)
     chosen = precision_named(precision) if precision is not None else None
-    from gesso.config.run import RunConfig
-    from gesso.core.runtime import Runtime
-    from gesso.evaluation.class_images import Wanted, fill
-    from gesso.evaluation.models import open_pipeline
+    from gesso.evaluation.class_images import Wanted
 
     wanted = Wanted(output.expanduser(), prompt, count, seed, steps, guidance, width, height, batch)
-    target = model or RunConfig.model_fields["model"].default.base
-    with Console() as console:
-        drawn = fill(
-            wanted,
-            open_pipeline=lambda: open_pipeline(target, runtime=Runtime.for_inference(chosen, device)),
-            emit=console.handle,
-        )
-    there = "nothing is missing" if not drawn else f"{drawn} drawn"
-    typer.echo(f"{output}: {there}, of {count} wanted")
+    drawn = _filled(wanted, model, device, chosen)
+    typer.echo(f"{output}: {f'{drawn} drawn' if drawn else 'nothing is missing'}, of {count} wanted")
     typer.echo(f"as a source of a run with objective.type dreambooth: {{path: {output}, role: prior}}")
+
+
+def _filled(wanted: Wanted, model: str | None, device: str | None, precision: Precision | None) -> int:
+    """How many pictures were drawn."""
+    from gesso.config.run import RunConfig
+    from gesso.core.runtime import Runtime
+    from gesso.evaluation import class_images, models
+
+    target = model or str(RunConfig.model_fields["model"].default.base)
+
+    def opened() -> tuple[Any, str]:
+        return models.open_pipeline(target, runtime=Runtime.for_inference(precision, device))
+
+    with Console() as console:
+        return class_images.fill(wanted, open_pipeline=opened, emit=console.handle)
 
 
 def train(

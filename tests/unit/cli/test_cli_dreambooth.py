@@ -38,17 +38,6 @@ CLASS_IMAGES = """
 """
 CHANGES = ("data.resolution=64", "training.steps=2", "training.accumulation=1", "trackers=[]")
 SMALL = ("--model", "micro:sdxl", *(word for change in CHANGES for word in ("--set", change)))
-    "--model",
-    "micro:sdxl",
-    "--set",
-    "data.resolution=64",
-    "--set",
-    "training.steps=2",
-    "--set",
-    "trackers=[]",
-    "--set",
-    "training.accumulation=1",
-)
 PRIOR = ("--with-prior-preservation", "--num-class-images", "3", "--class-data-dir", "data/class")
 
 
