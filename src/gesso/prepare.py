@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 
+from gesso.adapters import Embedding
 from gesso.config.run import RunConfig
 from gesso.core.events import Progress, Warned
 from gesso.core.folder import RunFolder
 from gesso.core.runtime import Runtime
 from gesso.core.seams import Emit, Parts
 from gesso.data import index as dataset
-from gesso.data import pairs
+from gesso.data import new_words, pairs
 from gesso.data.cache import LatentCache, LiveLatents, LiveText, TextCache
 from gesso.data.loader import HeldOut, Loader
 from gesso.data.plan import Plan
@@ -49,6 +52,7 @@ def prepare(run: RunConfig, folder: RunFolder, runtime: Runtime, tell: Emit) -> 
     if "prior" in run.objective.needs and not plan.has_prior:
         fix = "give a source role: prior; or write objective.prior: model and a class_prompt"
         raise UserError("there are no prior images", where="objective.prior", fix=fix)
+    new_words.require(plan, run.tokens)
     for notice in [*index.notices, *plan.notices]:
         tell(Warned(0, notice))
     total = run.training.total_steps(plan.steps_per_epoch)
@@ -56,8 +60,13 @@ def prepare(run: RunConfig, folder: RunFolder, runtime: Runtime, tell: Emit) -> 
 
     parts = family.load({"vae", "text"}, dtype=text_type(run, runtime), device=runtime.device)
     steps = range(total)
-    _warn_of_cut_captions(run, parts, list(plan.texts()), tell)
-    live_text = bool(text_encoder_rates(run))
+    tokenizers = family.taught(parts.tokenizers, run.tokens)
+    for notice in new_words.notices(
+        plan, run.tokens, partial(family.token_counts, tokenizers), alone=isinstance(run.adapter, Embedding)
+    ):
+        tell(Warned(0, notice))
+    _warn_of_cut_captions(run, tokenizers, list(plan.texts()), tell)
+    live_text = bool(text_encoder_rates(run) or run.tokens)
     latents: LatentCache | LiveLatents
     text: TextCache | LiveText | None = None
     if run.data.encoding == "live":
@@ -88,8 +97,8 @@ def prepare(run: RunConfig, folder: RunFolder, runtime: Runtime, tell: Emit) -> 
     return Prepared(stream, held_out, plan.visits_per_epoch, previewer, parts, vae_home, hashes)
 
 
-def _warn_of_cut_captions(run: RunConfig, parts: Parts, captions: Sequence[str], tell: Emit) -> None:
-    if cut := run.model.overlong(parts.tokenizers, captions):
+def _warn_of_cut_captions(run: RunConfig, tokenizers: Sequence[Any], captions: Sequence[str], tell: Emit) -> None:
+    if cut := run.model.overlong(tokenizers, captions):
         example = cut[0][:60]
         tell(
             Warned(

@@ -9,24 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
-from gesso.adapters import Full
+from gesso.adapters import Embedding, Full
 from gesso.config import files
 from gesso.config.run import RunConfig
 from gesso.core import checkpoints
 from gesso.core.checkpoints import AVERAGE
 from gesso.core.events import Event, Finished, RunStarted, Saved, Validated, Warned
-from gesso.core.folder import WEIGHTS, RunFolder, write_atomic, write_json
+from gesso.core.folder import RunFolder, write_atomic, write_json
 from gesso.core.provenance import provenance
 from gesso.core.runtime import Precision, Runtime, out_of_memory_explained
-from gesso.core.seams import Emit
+from gesso.core.seams import Attached, Emit, Parts
 from gesso.core.signals import stop_requests
 from gesso.errors import Interrupted, NumericError, UserError
 from gesso.evaluation import sample as sampling
 from gesso.evaluation.preview import Previewer
 from gesso.evaluation.sample import Shot
-from gesso.export import hub, lora, pipeline
+from gesso.export import embedding, hub, lora, pipeline
 from gesso.export.lora import About, Format
 from gesso.prepare import Prepared, prepare
 from gesso.trackers import RunLog
@@ -147,13 +146,23 @@ def _learn(
     return last
 
 
-def _trained(run: RunConfig, session: Session, last: Path) -> lora.Trained | pipeline.Trained:
+Result = lora.Trained | pipeline.Trained | embedding.Trained | embedding.WithLoRA
+
+
+def _trained(run: RunConfig, session: Session, last: Path) -> Result:
     """The result of a run, as pictures show it."""
     with session.as_sampled():
         if isinstance(run.adapter, Full):
             _, weights = sampling.trained(str(last))
             return pipeline.Trained.of(run, session.parts, weights)
-        return lora.Trained.of(run, session.parts, session.adapter)
+        return _adapted(run, session.parts, session.adapter)
+
+
+def _adapted(run: RunConfig, parts: Parts, adapter: Attached) -> lora.Trained | embedding.Trained | embedding.WithLoRA:
+    if isinstance(run.adapter, Embedding):
+        return embedding.Trained.of(run, parts, adapter)
+    matrices = lora.Trained.of(run, parts, adapter)
+    return embedding.WithLoRA(matrices, embedding.Trained.of(run, parts, adapter)) if run.tokens else matrices
 
 
 def _draw_previews(
@@ -221,44 +230,57 @@ def export(
     format: Format = "diffusers",
     output: Path | None = None,
     use_ema: bool | None = None,
-    precision: Precision = "fp16",
+    precision: Precision | None = None,
     hub_repo: str | None = None,
     device: str | None = None,
 ) -> Path:
     """Write what a run or checkpoint holds: a LoRA as one file, a fully trained model as a whole diffusers folder.
 
-    Either is proven by loading it as its readers do. `use_ema` empty takes what the run samples with. With `hub_repo`
-    a LoRA file is pushed with a model card.
+    Each is proven by loading it as its readers do. New words have a file each in a folder, beside the LoRA where there
+    is one. `precision` empty is fp16, and fp32 for words; `use_ema` empty takes what the run samples with. With
+    `hub_repo` a LoRA file is pushed with a model card.
     """
     run, weights = sampling.trained(target, use_ema=use_ema)
+    if hub_repo is not None and run.tokens:
+        raise UserError(
+            "a card does not tell of new words so far",
+            where="--push-to-hub",
+            fix=f"export without it, then: hf upload {hub_repo} FOLDER",
+        )
     runtime = Runtime.for_inference(run.training.precision, device or run.training.device)
     checkpoint_folder = weights.parent if weights.name == AVERAGE else weights
     name = f"{run.name}-{checkpoint_folder.name}"
     if isinstance(run.adapter, Full):
-        _refuse_lora_options(format, hub_repo)
+        _refuse_lora_options(format, hub_repo, "the whole model")
         path = output or checkpoint_folder.parent / name
-        pipeline.Trained.load(run, weights, runtime=runtime).write(path, precision=precision, runtime=runtime)
+        pipeline.Trained.load(run, weights, runtime=runtime).write(path, precision=precision or "fp16", runtime=runtime)
         return path
+    if isinstance(run.adapter, Embedding):
+        _refuse_lora_options(format, hub_repo, "new words alone")
     parts = run.model.load({"denoiser", "text"}, dtype=runtime.dtype, device=runtime.device)
     rates = text_encoder_rates(run)
     adapter = run.adapter.attach(parts, run.model, seed=run.seed, text_encoders=tuple(rates))
-    adapter.restore(load_file(weights / WEIGHTS))
-    trained = lora.Trained.of(run, parts, adapter)
+    adapter.restore(checkpoints.read_state(weights, adapter.layout()))
+    trained = _adapted(run, parts, adapter)
     del parts, adapter  # a second copy of the base model is loaded next
     runtime.release()
+    if isinstance(trained, embedding.Trained):
+        path = output or checkpoint_folder.parent / f"{name}-embeddings"
+        trained.write(path, precision=precision or "fp32", runtime=runtime)
+        return path
     path = output or checkpoint_folder.parent / f"{name}-{format}.safetensors"
-    trained.write(path, format=format, runtime=runtime, precision=precision)
+    trained.write(path, format=format, runtime=runtime, precision=precision or "fp16")
     if hub_repo is not None:
         hub.publish(path, run, about=About.of(run), repo=hub_repo)
     return path
 
 
-def _refuse_lora_options(format: Format, hub_repo: str | None) -> None:
+def _refuse_lora_options(format: Format, hub_repo: str | None, trained: str) -> None:
     if format != "diffusers":
         raise UserError(
-            f"{format} is a format of LoRA files, and this run trained the whole model",
+            f"{format} is a format of LoRA files, and this run trained {trained}",
             where="--format",
-            fix="leave it out: a diffusers folder is written",
+            fix="leave it out: a folder is written",
         )
     if hub_repo is not None:
         raise UserError(

@@ -6,13 +6,23 @@ from typing import Annotated
 
 from pydantic import Discriminator, Tag
 
+from gesso.adapters.embedding import TOKENS, AttachedTokens, Embedding
 from gesso.adapters.full import AttachedFull, Full
 from gesso.adapters.lora import AttachedLoRA, LoRA
 from gesso.core.seams import chosen_by_type
 
 AnyAdapter = Annotated[
-    Annotated[LoRA, Tag("lora")] | Annotated[Full, Tag("full")],
+    Annotated[LoRA, Tag("lora")] | Annotated[Full, Tag("full")] | Annotated[Embedding, Tag("embedding")],
     Discriminator(chosen_by_type("lora")),
 ]
 
-__all__ = ["AnyAdapter", "AttachedFull", "AttachedLoRA", "Full", "LoRA"]
+__all__ = [
+    "TOKENS",
+    "AnyAdapter",
+    "AttachedFull",
+    "AttachedLoRA",
+    "AttachedTokens",
+    "Embedding",
+    "Full",
+    "LoRA",
+]

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from gesso.adapters.embedding import with_tokens
 from gesso.adapters.parts import Plain, copy_into, prefix, trained_networks
 from gesso.core.folder import WEIGHTS
 from gesso.core.random import generator
-from gesso.core.seams import Family, Layout, Parts, Spec
+from gesso.core.seams import Attached, Family, Layout, Parts, Spec
+from gesso.core.tokens import NewTokens
 from gesso.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ class LoRA(Spec):
     """Which denoiser layers: a preset, or a list of module names such as to_q or to_out.0."""
     train_text_encoders: bool = False
     """Also adapt the attention of the text encoders; then text embeddings are not cached."""
+    tokens: NewTokens = ()
+    """New words whose vectors train beside the matrices (pivotal tuning), at `training.token_learning_rate`."""
 
     @property
     def effective_alpha(self) -> float:
@@ -56,7 +60,7 @@ class LoRA(Spec):
         seed: int,
         text_encoders: Sequence[int] = (),
         reference: bool = False,  # noqa: ARG002 (the base is under the adapter, so it costs nothing)
-    ) -> AttachedLoRA:
+    ) -> Attached:
         """Put adapters on the denoiser and on the text encoders with the given indices.
 
         B starts at 0, so the networks first behave exactly as before; A is drawn from a key of (seed, layer).
@@ -68,7 +72,7 @@ class LoRA(Spec):
         for name, network in networks.items():
             denoiser = network is parts.denoiser
             self._inject(network, targets if denoiser else list(_TEXT_TARGETS), f"{seed}/{name}")
-        return AttachedLoRA(networks)
+        return with_tokens(AttachedLoRA(networks), self.tokens, parts, family, seed=seed)
 
     def _inject(self, network: nn.Module, targets: list[str], stream: str) -> None:
         import torch

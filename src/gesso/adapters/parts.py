@@ -6,12 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gesso.core.changes import Change
 from gesso.core.seams import Family, Parts
 from gesso.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from gesso.core.changes import Change
 
 
 class Plain:

@@ -67,15 +67,17 @@ def export(
     ema: Annotated[
         bool | None, typer.Option("--ema/--no-ema", help="Averaged weights or not. Empty: as the run says.")
     ] = None,
-    precision: Annotated[str, typer.Option("--precision", help="fp16, bf16 or fp32.")] = "fp16",
+    precision: Annotated[
+        str | None, typer.Option("--precision", help="fp16, bf16 or fp32. Empty: fp16, and fp32 for new words.")
+    ] = None,
     hub_repo: Annotated[
         str | None, typer.Option("--push-to-hub", metavar="NAME/REPO", help="Also push to this repository.")
     ] = None,
     device: Annotated[str | None, typer.Option("--device", help="Where it is verified.")] = None,
 ) -> None:
-    """Write what was trained: a LoRA as one file, a full fine-tune as a diffusers folder. Either is verified."""
+    """Write what was trained: a LoRA as a file, a full fine-tune or new words as a folder. Each is verified."""
     _one_of("--format", file_format, ("diffusers", "kohya"))
-    chosen = precision_named(precision)
+    chosen = precision_named(precision) if precision is not None else None
     from gesso import stages
 
     path = stages.export(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from gesso.adapters import Full
-from gesso.config import advice_images, objective_rules, training_rules
+from gesso.config import advice_images, advice_words, objective_rules, training_rules
 from gesso.config.findings import Finding
 from gesso.config.findings import error as _error
 from gesso.config.findings import warning as _warning
@@ -159,6 +159,7 @@ def _output(run: RunConfig) -> Iterator[Finding]:
 def _prompts(run: RunConfig) -> Iterator[Finding]:
     prompts = run.preview.prompts
     triggers = [s.trigger for s in run.data.sources if s.trigger and s.role == "instance"]
+    triggers += [token.token for token in run.tokens if token.token not in triggers]
     if not prompts:
         yield Finding("hint", "preview.prompts", "no previews will be drawn", "add prompts to see what is learnt")
     elif triggers and not any(trigger in prompt for trigger in triggers for prompt in prompts):
@@ -252,6 +253,6 @@ def _about_machine(run: RunConfig, numbers: Forecast, machine: Machine) -> Itera
 
 
 _RULES: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
-    *advice_images.RULES,
-    *(_model, _sizes, *training_rules.RULES, _full, _output, _prompts, _objective, _settings),
+    *(*advice_images.RULES, _model, _sizes, *training_rules.RULES, *advice_words.RULES),
+    *(_full, _output, _prompts, _objective, _settings),
 )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import ceil, prod
 from pathlib import Path
 
-from gesso.adapters import Full
+from gesso.adapters import Embedding, Full, LoRA
 from gesso.config.run import RunConfig, Source
 from gesso.objectives import DreamBooth
 
@@ -27,6 +27,7 @@ _PER_RANK = {
     "all-linear": 3_100_000,
 }
 _TEXT_PER_RANK = 401_408
+_TOKEN_WIDTH = 768 + 1280
 _UNET_PARAMETERS = 2_567_000_000
 # Of these, what the targets of a full fine-tune mean.
 _UNET_TARGETS = {"attention": 955_000_000, "attention-mlp": 2_209_000_000, "all-linear": 2_234_000_000}
@@ -156,6 +157,11 @@ def forecast(run: RunConfig, counted: Counted | None = None) -> Forecast | None:
     )
 
 
+def live_text(run: RunConfig) -> bool:
+    """Whether captions are encoded at every step, because what reads them trains."""
+    return run.adapter.train_text_encoders or bool(run.tokens)
+
+
 def full_size(run: RunConfig) -> bool:
     """Whether the base model has the published size; a small local model has not."""
     base = run.model.base
@@ -170,6 +176,9 @@ def full_size(run: RunConfig) -> bool:
 def _parameters(run: RunConfig) -> int:
     if isinstance(run.adapter, Full):
         return _networks(run) - _still(run)
+    words = _TOKEN_WIDTH * sum(token.vectors for token in run.tokens)
+    if isinstance(run.adapter, Embedding):
+        return words
     targets = run.adapter.targets
     if isinstance(targets, str):
         per_rank = _PER_RANK[targets]
@@ -177,7 +186,7 @@ def _parameters(run: RunConfig) -> int:
         # Names that are not counted one by one are taken for all the layers there are.
         per_rank = sum(_PER_RANK.get(name, _PER_RANK["all-linear"]) for name in targets)
         per_rank = min(per_rank, _PER_RANK["all-linear"])
-    return run.adapter.rank * (per_rank + _TEXT_PER_RANK * run.adapter.train_text_encoders)
+    return run.adapter.rank * (per_rank + _TEXT_PER_RANK * run.adapter.train_text_encoders) + words
 
 
 def _networks(run: RunConfig) -> int:
@@ -264,7 +273,7 @@ def _cache(run: RunConfig, images: Sequence[int], *, visits: int) -> int:
         latents += cells * (min(most, each * flips) if random else min(most, count * flips))
         captions += min(most * len(listed), each) if varied else count
     wide = 4 if run.training.precision == "fp32" else 2
-    text = 0 if run.adapter.train_text_encoders else captions * (77 * 2048 + 1280) * wide
+    text = 0 if live_text(run) else captions * (77 * 2048 + 1280) * wide
     return 2 * 4 * 4 * latents * (1 + ("pair" in run.objective.needs)) + text
 
 
@@ -273,14 +282,14 @@ def _memory(run: RunConfig, parameters: int) -> int:
     training, adapter = run.training, run.adapter
     wide = 2 if training.precision == "fp32" else 1
     weight, frozen = _weight(run), 2 * wide  # bytes of each
-    held = (_UNET_PARAMETERS + _TEXT_PARAMETERS * adapter.train_text_encoders) * frozen
+    held = (_UNET_PARAMETERS + _TEXT_PARAMETERS * live_text(run)) * frozen
     if isinstance(adapter, Full):
         networks = _networks(run)
         # A pass in 16 bits makes a copy of float32 weights; a reference is a copy of what trains.
         casts = 2 if weight == 4 and wide == 1 else 0
         held = weight * _still(run) + casts * networks + weight * parameters * run.objective.reference
         held += frozen * _UNET_PARAMETERS * (networks < _UNET_PARAMETERS)
-    kind = "attention" if not isinstance(adapter, Full) and adapter.targets == "attention" else "other"
+    kind = "attention" if isinstance(adapter, LoRA) and adapter.targets == "attention" else "other"
     saved = _ACTIVATIONS["checkpointed" if training.gradient_checkpointing else kind]
     activations = saved * wide * training.batch_size * (run.data.resolution / 1024) ** 2
     trained = parameters * (2 * weight + _moments(run) + 8 * training.ema.enabled)

@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from gesso.adapters import AnyAdapter, LoRA
+from gesso.adapters import AnyAdapter, Embedding, LoRA
 from gesso.config.optimizer import Optimizer
 from gesso.core.schedule import Schedule, whole_steps
 from gesso.core.seams import Spec
+from gesso.core.tokens import NewToken
 from gesso.families import AnyFamily
 from gesso.objectives import AnyObjective, Denoise
 from gesso.trackers import AnyTracker, TensorBoard
@@ -235,6 +236,9 @@ class Training(Spec):
     text_encoder_stop: int | float | None = Field(default=None, gt=0)
     """Train the text encoders for so many optimiser steps only, or for this fraction of the run if below 1; then they
     stand exactly still. Empty: to the end."""
+    token_learning_rate: float | None = Field(default=None, ge=0)
+    """Of the vectors of new words (`adapter.tokens`), which take more than matrices do: 5e-4 to 5e-3 is usual. Empty:
+    `learning_rate`."""
     schedule: Schedule = Schedule()
     optimizer: Optimizer = Optimizer()
     clip: float | None = Field(default=1.0, gt=0)
@@ -327,7 +331,8 @@ class RunConfig(Spec):
     model: AnyFamily = AnyFamily()
     data: Data
     adapter: AnyAdapter = LoRA()
-    """What is trained: low-rank matrices beside the weights (lora), or the weights themselves (full)."""
+    """What is trained: low-rank matrices beside the weights (lora), the weights themselves (full), or only the vectors
+    of new words (embedding)."""
     objective: AnyObjective = Denoise()
     training: Training
     validation: Validation = Validation()
@@ -340,3 +345,8 @@ class RunConfig(Spec):
     def folder(self) -> Path:
         """The run folder."""
         return self.output if self.output is not None else Path("runs") / self.name
+
+    @property
+    def tokens(self) -> tuple[NewToken, ...]:
+        """The new words that are trained."""
+        return self.adapter.tokens if isinstance(self.adapter, LoRA | Embedding) else ()

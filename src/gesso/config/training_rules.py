@@ -6,7 +6,8 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Iterator
 
-from gesso.adapters import Full
+from gesso.adapters import Embedding, Full
+from gesso.config import advice_words
 from gesso.config.findings import Finding, error, warning
 from gesso.config.forecast import full_size
 from gesso.config.run import RunConfig
@@ -27,12 +28,13 @@ def _rates(run: RunConfig) -> Iterator[Finding]:
     # A model of full size is not trained from random weights here, and what it knows is soon lost at higher rates.
     tuned = full and full_size(run)
     usual = "1e-5 is usual" if tuned else "1e-3 is usual from random weights" if full else "1e-4 is usual"
-    denoiser = not isinstance(run.adapter, Full) or run.adapter.train_denoiser
-    follow = run.adapter.train_text_encoders and rates is None
-    if not any(own) and not (training.learning_rate and (denoiser or follow)):
+    denoiser = run.adapter.train_denoiser if isinstance(run.adapter, Full) else not isinstance(run.adapter, Embedding)
+    used = denoiser or (run.adapter.train_text_encoders and rates is None)
+    if not any((*own, *advice_words.rates(run).values())) and not (training.learning_rate and used):
         yield error("training.learning_rate", "every learning rate is 0, so nothing would be trained", usual)
     finds = training.optimizer.kind is not None and training.optimizer.kind.finds_rate
-    for name, rate in [("training.learning_rate", training.learning_rate), *((key, rate) for rate in own)]:
+    common = [("training.learning_rate", training.learning_rate)] if used else []
+    for name, rate in [*common, *((key, rate) for rate in own)]:
         if rate > (1e-4 if tuned else 1e-2) and not finds:
             what = "a full fine-tune" if full else "an adapter"
             yield warning(name, f"{rate:g} is very high for {what}", usual)

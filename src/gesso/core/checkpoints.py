@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gesso.core.resolve import file_sha256
+from gesso.core.seams import Layout
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MANIFEST, AVERAGE, STATE = "manifest.json", "ema", "state"
 OPTIMIZER, SHADOW, POSITION = f"{STATE}/optimizer.safetensors", f"{STATE}/average.safetensors", f"{STATE}/position.json"
@@ -38,6 +43,13 @@ def is_weights(name: str) -> bool:
 def is_model(name: str) -> bool:
     """Whether a file of a checkpoint belongs to the trained model: its weights and configurations."""
     return name != MANIFEST and name.split("/")[0] not in (AVERAGE, STATE)
+
+
+def read_state(folder: Path, layout: Layout) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's folder (or of its averages'), under the names that an adapter knows them by."""
+    from safetensors.torch import load_file
+
+    return {f"{layout.prefix(file)}{key}": t for file in layout.headers for key, t in load_file(folder / file).items()}
 
 
 def faults(path: Path) -> list[str]:

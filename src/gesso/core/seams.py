@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pydantic import BaseModel, ConfigDict
 
 from gesso.core.batch import Batch, Geometry
-from gesso.core.changes import Change
 from gesso.core.events import Event
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from gesso.core.changes import Change
+    from gesso.core.tokens import NewToken
     from gesso.core.weighting import Weighting
 
 Cond = dict[str, "Tensor"]
@@ -51,7 +52,8 @@ class Layout:
     """The files that trained tensors are kept in, as readers of such weights know them.
 
     A tensor's name is its file's folder and its key in the file, joined by a dot: `unet.conv_in.bias` is `conv_in.bias`
-    in `unet/diffusion_pytorch_model.safetensors`. A file that is in no folder has the whole names for keys.
+    in `unet/diffusion_pytorch_model.safetensors`. A file that is in no folder has the whole names for keys, and what
+    belongs into no other's folder.
     """
 
     headers: Mapping[str, Mapping[str, str]]
@@ -67,10 +69,12 @@ class Layout:
 
     def split(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Each file's tensors by their keys in it."""
-        return {
-            file: {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
-            for file, start in ((file, self.prefix(file)) for file in self.headers)
-        }
+        places = {file: self.prefix(file) for file in self.headers}
+        found: dict[str, dict[str, Tensor]] = {file: {} for file in places}
+        for name, tensor in tensors.items():
+            file = max((f for f, start in places.items() if name.startswith(start)), key=lambda f: len(places[f]))
+            found[file][name.removeprefix(places[file])] = tensor
+        return found
 
 
 @dataclass
@@ -120,6 +124,23 @@ class Noise(Protocol):
 
     def weight(self, t: Tensor, rule: Weighting | None = None) -> Tensor:
         """Loss weight [B] of a rule for what this process asks of the denoiser; without one it is 1."""
+        ...
+
+
+class TokenVectors(Protocol):
+    """The vectors of new tokens in one text encoder, which looks them up beside its own words'."""
+
+    at_start: bool
+    """Set, the encoder reads the values from before training."""
+
+    @property
+    def vectors(self) -> Sequence[nn.Parameter]:
+        """What trains: [n, width] float32 for each token."""
+        ...
+
+    @property
+    def first_values(self) -> Sequence[Tensor]:
+        """What they were before training."""
         ...
 
 
@@ -175,6 +196,14 @@ class Family(Protocol):
 
     def token_counts(self, tokenizers: Sequence[Any], captions: Sequence[str]) -> list[int]:
         """Tokens of each caption by the tokenizer that makes most of it, without marks of start and end."""
+        ...
+
+    def taught(self, tokenizers: Sequence[Any], tokens: Sequence[NewToken]) -> list[Any]:
+        """Copies of the tokenizers that know new tokens; a token that is no news is a `UserError`."""
+        ...
+
+    def add_tokens(self, parts: Parts, tokens: Sequence[NewToken], *, seed: int) -> Mapping[str, TokenVectors]:
+        """Teach the tokenizers new tokens and give the text encoders their vectors, by the keys of embedding files."""
         ...
 
     def targets(self, preset: str) -> list[str]:

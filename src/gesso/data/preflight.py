@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gesso.adapters import Embedding
 from gesso.config import class_images
-from gesso.config.forecast import Counted
+from gesso.config.forecast import Counted, live_text
 from gesso.config.run import RunConfig
 from gesso.core.random import permutation
-from gesso.data import pairs, tokens
+from gesso.data import new_words, pairs, tokens
 from gesso.data.buckets import BucketRow
 from gesso.data.index import build
 from gesso.data.plan import Plan, Visit
@@ -51,7 +52,7 @@ def preflight(
     plan = Plan.of(run, index.rows, multiple=multiple)
     if run.data.encoding == "cached":
         steps = range(training.total_steps(plan.steps_per_epoch))
-        plan.refuse_unrepeated(steps, captions=not run.adapter.train_text_encoders)  # as the run would, later
+        plan.refuse_unrepeated(steps, captions=not live_text(run))  # as the run would, later
     own = len(run.data.sources)
     there = iter(np.bincount(index.rows.numbers("source"), minlength=own)[:own].tolist())
     # With the class images that are yet to be drawn.
@@ -62,11 +63,13 @@ def preflight(
     held_out = int((index.validation.numbers("source") < own).sum())
     counted = Counted(images, held_out, plan.visits_per_epoch, plan.steps_per_epoch)
     counter, most = tokens.counter_for(run)
+    new_words.require(plan, run.tokens)
+    words = new_words.notices(plan, run.tokens, counter.count, alone=isinstance(run.adapter, Embedding))
     return Preflight(
         counted,
         tuple(plan.describe()),
         tuple(plan.concepts()),
-        (*index.notices, *plan.notices, *_overlong(plan, counter, most), *_to_draw(asked, missing)),
+        (*index.notices, *plan.notices, *words, *_overlong(plan, counter, most), *_to_draw(asked, missing)),
         tuple(_some(plan, samples, run.seed)),
         counter,
         int(index.rows.pairs.sum()),

@@ -6,11 +6,12 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gesso.config.run import RunConfig
 from gesso.core import resolve
+from gesso.core.tokens import NewToken
 
 MOST = 75
 """Tokens that CLIP's text encoders read in one go, without the two marks around them."""
@@ -48,7 +49,22 @@ def counter_for(run: RunConfig) -> tuple[Counter, int]:
     """How tokens are counted for this run's model, and how many of them it reads."""
     model = run.model
     chunks = model.max_chunks if model.long_prompts == "chunk" else 1
-    return counter(model.base, revision=model.revision), MOST * chunks
+    return _with_words(counter(model.base, revision=model.revision), run.tokens), MOST * chunks
+
+
+def _with_words(known: Counter, tokens: Sequence[NewToken]) -> Counter:
+    """The same, and each new word counts as many tokens as it has vectors."""
+    if not tokens:
+        return known
+    sizes = {token.token: token.vectors for token in tokens}
+    words = re.compile("|".join(map(re.escape, sizes)), re.IGNORECASE)
+
+    def count(texts: Sequence[str]) -> list[int]:
+        own = [sum(sizes[word.lower()] for word in words.findall(text)) for text in texts]
+        others = known.count([words.sub(" ", text) for text in texts])
+        return [a + b for a, b in zip(own, others, strict=True)]
+
+    return replace(known, count=count)
 
 
 def estimate(texts: Sequence[str]) -> list[int]:

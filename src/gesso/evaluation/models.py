@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gesso.adapters import Full
+from gesso.adapters import AttachedTokens, Embedding, Full
 from gesso.config import files
 from gesso.config.run import RunConfig
 from gesso.core import checkpoints, resolve
@@ -29,13 +29,13 @@ def open_pipeline(target: str, *, loras: Sequence[tuple[str, float]] = (), runti
     its weight, in diffusers' or kohya's format. Raises `UserError` for anything that cannot be read, and for a LoRA
     that does not fit the model layer by layer or does nothing.
     """
-    path, whole, own = Path(target).expanduser(), None, None
+    path, whole, own, run = Path(target).expanduser(), None, None, None
     if _is_trained(path):
         run, weights = trained(target)
         family, base, title = run.model, run.model.base, [_title(weights)]
         if isinstance(run.adapter, Full):
             whole = weights
-        else:
+        elif not isinstance(run.adapter, Embedding):
             own = lora_file.read(weights / WEIGHTS)
     else:
         family, base, title = _base(target), target, []
@@ -47,6 +47,9 @@ def open_pipeline(target: str, *, loras: Sequence[tuple[str, float]] = (), runti
         parts = model_folder.with_trained(family, whole, dtype=runtime.dtype, device=runtime.device)
     else:
         parts = family.load(("denoiser", "vae", "text"), dtype=runtime.dtype, device=runtime.device)
+    if run is not None and run.tokens:
+        words = AttachedTokens(run.tokens, family.add_tokens(parts, run.tokens, seed=run.seed))
+        words.restore(checkpoints.read_state(weights, words.layout()))
     pipeline = family.pipeline(parts)
     stack = [*([(own, 1.0)] if own is not None else []), *zip(chosen, (w for _, w in loras), strict=True)]
     add_loras(pipeline, family, stack)

@@ -61,8 +61,10 @@ class Trained:
     @classmethod
     def of(cls, run: RunConfig, parts: Parts, adapter: Attached) -> Trained:
         """Taken from a model as it is now."""
-        state = {name: tensor.to("cpu", copy=True) for name, tensor in adapter.state().items()}
-        return cls(run, state, adapter.layout().headers[WEIGHTS], probe(run.model, parts))
+        layout = adapter.layout()
+        own = layout.split(adapter.state())[WEIGHTS]  # new words have files of their own
+        state = {name: tensor.to("cpu", copy=True) for name, tensor in own.items()}
+        return cls(run, state, layout.headers[WEIGHTS], probe(run.model, parts))
 
     def write(self, path: Path, *, format: Format, precision: Precision, runtime: Runtime) -> Verified:
         """`export` it."""

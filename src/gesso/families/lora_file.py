@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +23,7 @@ Format = Literal["diffusers", "kohya"]
 _DOTTED = re.compile(r"(?P<module>.+)\.(?:lora_(?P<ab>[AB])|lora(?:_linear_layer)?\.(?P<du>down|up))\.weight")
 _PROCESSOR = re.compile(r"(?P<module>.+?)(?:\.processor)?\.to_(?P<leaf>q|k|v|out)_lora\.(?P<du>down|up)\.weight")
 _FLAT = re.compile(r"(?P<module>lora_(?:unet|te|te1|te2)_[^.]+)\.lora_(?P<du>down|up)\.weight")
+_BUNDLED = "bundle_emb."
 _SIDE = {"A": "down", "B": "up", "down": "down", "up": "up"}
 _OTHER_KINDS = {
     "dora_scale": "DoRA",
@@ -66,6 +67,8 @@ class LoRAFile:
     format: Format
     pairs: Mapping[str, Pair]
     metadata: Mapping[str, str]
+    words: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    """Vectors [n, width] of new words that are bundled with it, by token and text encoder (clip_l, clip_g)."""
 
     @cached_property
     def blocks(self) -> Literal["sgm", "diffusers", "none"]:
@@ -156,9 +159,13 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, path: P
     _check_names(tensors, path)
     halves: dict[str, dict[str, Tensor]] = {}
     alphas: dict[str, float] = {}
+    words: dict[str, dict[str, Tensor]] = {}
     flat = any(key.startswith("lora_") for key in tensors)
     for key, tensor in tensors.items():
-        if (place := _place(key)) is not None:
+        if key.startswith(_BUNDLED):
+            token, _, encoder = key.removeprefix(_BUNDLED).rpartition(".")
+            words.setdefault(token, {})[encoder] = tensor
+        elif (place := _place(key)) is not None:
             halves.setdefault(place[0], {})[place[1]] = tensor
         else:
             alphas[key.removesuffix(".alpha")] = float(tensor)
@@ -174,7 +181,7 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, path: P
         m: Pair(h["down"], h["up"], alphas[m] / h["down"].shape[0] if m in alphas else stated.get(m, 1.0))
         for m, h in halves.items()
     }
-    return LoRAFile(path, "kohya" if flat else "diffusers", pairs, dict(metadata))
+    return LoRAFile(path, "kohya" if flat else "diffusers", pairs, dict(metadata), words)
 
 
 def scales(ranks: Mapping[str, int], metadata: Mapping[str, str], *, path: Path) -> dict[str, float]:
@@ -244,7 +251,7 @@ def _pattern(patterns: Mapping[str, Any] | None, layers: Iterable[str], default:
 
 
 def _known(key: str) -> bool:
-    return key.endswith(".alpha") or _place(key) is not None
+    return key.endswith(".alpha") or key.startswith(_BUNDLED) or _place(key) is not None
 
 
 def _check_names(keys: Collection[str], path: Path) -> None:

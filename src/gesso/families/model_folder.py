@@ -124,6 +124,20 @@ def network_class(part: str) -> Any:
     }[part]
 
 
+def tokenizer(folder: Path) -> Any:
+    """CLIP's tokenizer from its folder; raises `UserError` where it cannot be read."""
+    from transformers import CLIPTokenizer
+
+    try:
+        return CLIPTokenizer.from_pretrained(folder)
+    except Exception as error:  # the loader raises whatever a damaged file makes it raise
+        raise UserError(
+            f"the {folder.name} cannot be read ({str(error).strip().partition(chr(10))[0] or type(error).__name__})",
+            where=str(folder),
+            fix="fetch the model again",
+        ) from error
+
+
 @contextmanager
 def without_bars() -> Iterator[None]:
     """Without the libraries' bars per network and per pipeline, which would tear ours apart."""

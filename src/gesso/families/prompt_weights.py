@@ -10,6 +10,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from gesso.core.tokens import expanded
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -60,8 +62,9 @@ def token_weights(tokenizer: Any, captions: Sequence[str]) -> list[list[tuple[in
     """Every caption's token ids with their weights, of any number, without start and end marks."""
     parsed = [parse_weights(caption) for caption in captions]
     texts = [part for parts in parsed for part, _ in parts]
-    encoded = iter(tokenizer(texts, truncation=False).input_ids if texts else [])
-    return [[(token, weight) for _, weight in parts for token in next(encoded)[1:-1]] for parts in parsed]
+    found = tokenizer(texts, truncation=False).input_ids if texts else []
+    encoded = iter(expanded(tokenizer, ids[1:-1]) for ids in found)
+    return [[(token, weight) for _, weight in parts for token in next(encoded)] for parts in parsed]
 
 
 def emphasise(states: Tensor, weights: Tensor) -> Tensor:

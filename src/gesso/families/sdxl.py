@@ -14,6 +14,7 @@ from pydantic import Field
 from gesso.core import resolve
 from gesso.core.batch import Geometry
 from gesso.core.seams import Cond, Parts, Spec
+from gesso.core.tokens import NewToken, expanded, several
 from gesso.errors import UserError
 from gesso.families import model_folder, sampler, single_file
 from gesso.families.prompt_weights import emphasise, token_weights
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gesso.core.noise import DDPM
+    from gesso.families.new_tokens import NewVectors
 
 PUBLIC_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 FP16_SAFE_VAE = "madebyollin/sdxl-vae-fp16-fix"
 _FOLDERS = {"denoiser": ("unet",), "vae": ("vae",), "text": ("text_encoder", "text_encoder_2")}
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
+_EMBEDDING_KEYS = ("clip_l", "clip_g")
 _CONFIGS = ["model_index.json", "scheduler/*.json", *(f"{t}/*.{end}" for t in _TOKENIZERS for end in ("json", "txt"))]
 _ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 _TARGETS = {
@@ -113,6 +116,8 @@ class SDXL(Spec):
         """
         import torch
 
+        from gesso.families import new_tokens
+
         parts = Parts()
         _ = self._index  # a broken one shows now, and not when the trained model is exported
         with model_folder.without_bars():
@@ -122,7 +127,9 @@ class SDXL(Spec):
                 parts.vae = self._network("vae", torch.float32)
             if "text" in names:
                 parts.text_encoders = [self._network(part, dtype) for part in _FOLDERS["text"]]
-                parts.tokenizers = self._tokenizers()
+                parts.tokenizers = [model_folder.tokenizer(self._config_root / name) for name in _TOKENIZERS]
+                for encoder, tokenizer in zip(parts.text_encoders, parts.tokenizers, strict=True):
+                    new_tokens.pool_at_end(encoder, tokenizer)
         for network in [parts.denoiser, parts.vae, *parts.text_encoders]:
             if network is not None:
                 network.requires_grad_(False).eval().to(device)
@@ -146,7 +153,7 @@ class SDXL(Spec):
 
         tokenizers = parts.tokenizers or [None, None]
         encoders = parts.text_encoders or [None, None]
-        usual = self.long_prompts == "truncate" and not self.prompt_weights
+        usual = self.long_prompts == "truncate" and not self.prompt_weights and not several(parts.tokenizers)
         kind = StableDiffusionXLPipeline if usual else chunking(self.encode_text)
         pipeline = kind(
             vae=parts.vae,
@@ -216,6 +223,20 @@ class SDXL(Spec):
         limit, counts = self.token_limit(tokenizers), self.token_counts(tokenizers, captions)
         return [caption for caption, count in zip(captions, counts, strict=True) if count > limit]
 
+    def taught(self, tokenizers: Sequence[Any], tokens: Sequence[NewToken]) -> list[Any]:
+        """Copies of the tokenizers that know new tokens; raises `UserError` for one that they know already."""
+        from gesso.families import new_tokens
+
+        return new_tokens.taught(tokenizers, tokens)
+
+    def add_tokens(self, parts: Parts, tokens: Sequence[NewToken], *, seed: int) -> dict[str, NewVectors]:
+        """Teach the tokenizers new tokens and give each text encoder their vectors, by its key in embedding files."""
+        from gesso.families import new_tokens
+
+        parts.tokenizers = self.taught(parts.tokenizers, tokens)
+        every = zip(_EMBEDDING_KEYS, parts.text_encoders, parts.tokenizers, strict=True)
+        return {key: new_tokens.add(e, tokenizer, tokens, seed=seed, part=key) for key, e, tokenizer in every}
+
     def condition(self, text: Cond, geometry: Sequence[Geometry]) -> Cond:
         """Text embeddings and the size and crop conditioning; time ids are [B, 6] float32."""
         import torch
@@ -239,7 +260,7 @@ class SDXL(Spec):
         if self.prompt_weights:
             return token_weights(tokenizer, captions)
         encoded = tokenizer(list(captions), truncation=False).input_ids if captions else []
-        return [[(token, 1.0) for token in ids[1:-1]] for ids in encoded]
+        return [[(token, 1.0) for token in expanded(tokenizer, ids[1:-1])] for ids in encoded]
 
     def _chunks(self, tokenizer: Any, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids and weights as the encoder reads them, [B, chunks, 77] each."""
@@ -358,21 +379,6 @@ class SDXL(Spec):
                 f"the model's {path.name} cannot be read ({error})", where=str(path), fix="fetch the model again"
             ) from error
         return content
-
-    def _tokenizers(self) -> list[Any]:
-        from transformers import CLIPTokenizer
-
-        found = []
-        for name in _TOKENIZERS:
-            try:
-                found.append(CLIPTokenizer.from_pretrained(self._config_root / name))
-            except Exception as error:  # the loader raises whatever a damaged file makes it raise
-                raise UserError(
-                    f"the {name} cannot be read ({str(error).strip().partition(chr(10))[0] or type(error).__name__})",
-                    where=str(self._config_root / name),
-                    fix="fetch the model again",
-                ) from error
-        return found
 
     def _network(self, part: str, dtype: torch.dtype) -> Any:
         place = self._place(part)

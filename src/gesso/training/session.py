@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gesso.adapters import Full
+from gesso.adapters import TOKENS, Full
 from gesso.config.run import RunConfig
 from gesso.core.batch import Batch
 from gesso.core.runtime import Runtime
@@ -55,6 +55,7 @@ class Session:
                 runtime.autocast(network)
         denoiser, *encoders = run.model.part_names
         rate_of = {denoiser: run.training.learning_rate} | {encoders[i]: rate for i, rate in rates.items()}
+        rate_of[TOKENS] = token_rate(run)
         groups = [
             optim.flat_group(
                 run.training.optimizer,
@@ -134,6 +135,12 @@ def _by_rate(adapter: Attached) -> Iterator[tuple[str, str, float, dict[str, nn.
             shared.setdefault(adapter.rate_factor(name), {})[name] = parameter
         for factor, group in sorted(shared.items(), key=lambda item: item[0] != 1):  # reports show the first one's rate
             yield part if factor == 1 else f"{part} x {factor!r}", part, factor, group
+
+
+def token_rate(run: RunConfig) -> float:
+    """Learning rate of the vectors of new words."""
+    own = run.training.token_learning_rate
+    return run.training.learning_rate if own is None else own
 
 
 def text_encoder_rates(run: RunConfig) -> dict[int, float]:
