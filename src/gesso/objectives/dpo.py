@@ -85,10 +85,11 @@ class DPO(Noising):
         import torch
 
         assert batch.rejected is not None
-        asked, mixed = self.draw_noise(batch)
-        pictures, times = _twice(batch.latents, batch.rejected), _twice(self.draw_t(policy.noise, batch))
-        noisy = policy.noise.corrupt(pictures, _twice(mixed), times)
-        target = policy.noise.target(pictures, _twice(asked), times)
+        t, (asked, mixed) = self.draw_t(policy.noise, batch), self.draw_noise(batch)
+        pictures = _twice(batch.latents, batch.rejected)
+        asked, mixed, times = _twice(asked), _twice(mixed), _twice(t)
+        noisy = policy.noise.corrupt(pictures, mixed, times)
+        target = policy.noise.target(pictures, asked, times)
 
         def errors() -> _Sides:
             cond = {name: _twice(value) for name, value in policy.condition(batch).items()}
