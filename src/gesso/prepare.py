@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -42,10 +42,16 @@ class Prepared:
     hashes: dict[str, str]
 
 
-def prepare(run: RunConfig, folder: RunFolder, runtime: Runtime, tell: Emit) -> Prepared:
+def prepare(
+    run: RunConfig,
+    folder: RunFolder,
+    runtime: Runtime,
+    tell: Emit,
+    stopping: Callable[[], bool] = class_images.never,
+) -> Prepared:
     """Index the pictures, plan every step, encode what is not cached yet, and let go of the encoders."""
     family = run.model
-    class_images.complete(run, runtime, tell)
+    class_images.complete(run, runtime, tell, stopping)
     index = dataset.build(run.data, progress=lambda done, all_: tell(Progress(0, "reading images", done, all_)))
     pairs.require(run, index.rows)
     plan = Plan.of(run, index.rows, multiple=family.latent_factor)

@@ -59,7 +59,7 @@ def train(run: RunConfig, *, resume: str | None = None, accept: Collection[str] 
         with RunLog(folder, run.trackers, name=run.name, started_at=started_at, stopping=stopping, emit=emit) as tell:
             runtime = Runtime.detect(run.training.precision, run.training.device)
             optim.require(run.training.optimizer, device=runtime.device.type)
-            data = prepare(run, folder, runtime, tell)
+            data = prepare(run, folder, runtime, tell, stopping)
             identity = continuity.identity(run, hashes=data.hashes)
             if start is not None:
                 _check_identity(start, identity, accept, tell)

@@ -22,7 +22,7 @@ from gesso.core.events import Progress
 from gesso.core.folder import write_atomic
 from gesso.core.runtime import Runtime
 from gesso.core.seams import Emit
-from gesso.errors import UserError
+from gesso.errors import Interrupted, UserError
 from gesso.evaluation.sample import Shot, draw, save_png, settings
 from gesso.objectives import DreamBooth
 
@@ -49,11 +49,19 @@ Opened = tuple[Any, str]
 """A pipeline, and what its model is called."""
 
 
-def fill(wanted: Wanted, *, open_pipeline: Callable[[], Opened], emit: Emit) -> int:
+def never() -> bool:
+    """Nobody asks to stop."""
+    return False
+
+
+def fill(
+    wanted: Wanted, *, open_pipeline: Callable[[], Opened], emit: Emit, stopping: Callable[[], bool] = never
+) -> int:
     """Draw what is missing from the folder, each picture with its caption beside it; returns how many were drawn.
 
     Any pictures that are there count, and none is overwritten. The model is opened only if something is missing. Raises
-    `UserError` for a folder whose pictures are listed in a file, or that holds class images of another prompt.
+    `UserError` for a folder whose pictures are listed in a file, or that holds class images of another prompt, and
+    `Interrupted` between two batches once `stopping()` says so.
     """
     there = _present(wanted)
     missing = max(0, wanted.count - len(there))
@@ -68,6 +76,9 @@ def fill(wanted: Wanted, *, open_pipeline: Callable[[], Opened], emit: Emit) -> 
     wanted.folder.mkdir(parents=True, exist_ok=True)
     emit(Progress(0, "drawing class images", 0, missing))
     for start in range(0, missing, wanted.batch):
+        if stopping():
+            what = f"stopped as asked; {missing - start} class images are still to be drawn"
+            raise Interrupted(what, where=str(wanted.folder), fix="start again: those that are there are kept")
         part = numbers[start : start + wanted.batch]
         shots = [
             Shot(
@@ -90,7 +101,7 @@ def fill(wanted: Wanted, *, open_pipeline: Callable[[], Opened], emit: Emit) -> 
     return missing
 
 
-def complete(run: RunConfig, runtime: Runtime, emit: Emit) -> None:
+def complete(run: RunConfig, runtime: Runtime, emit: Emit, stopping: Callable[[], bool] = never) -> None:
     """Draw the class images that a run asks for and that its folder lacks, with the run's own model."""
     folder, objective = class_images.folder(run), run.objective
     if folder is None or not isinstance(objective, DreamBooth) or objective.class_prompt is None:
@@ -102,7 +113,7 @@ def complete(run: RunConfig, runtime: Runtime, emit: Emit) -> None:
 
     side = run.data.resolution // 8 * 8
     wanted = Wanted(folder, objective.class_prompt, objective.wanted, seed=run.seed, width=side, height=side)
-    if fill(wanted, open_pipeline=open_pipeline, emit=emit):
+    if fill(wanted, open_pipeline=open_pipeline, emit=emit, stopping=stopping):
         runtime.release()
 
 

@@ -93,6 +93,14 @@ def test_broken_off_it_goes_on_to_the_same_folder(tmp_path: Path, drawn: Drawn) 
     assert drawn.seeds == list(range(7)), "none is drawn twice"
 
 
+def test_asked_to_stop_it_stops_between_two_batches(tmp_path: Path, drawn: Drawn) -> None:
+    wanted = Wanted(tmp_path, "a dog", 5, batch=2)
+    with pytest.raises(Interrupted, match="1 class images are still to be drawn"):
+        fill(wanted, open_pipeline=drawn.open, emit=lambda _: None, stopping=lambda: len(drawn.batches) == 2)
+    assert drawn.seeds == [0, 1, 2, 3]
+    assert run(wanted, drawn)[0] == 1
+
+
 def test_nothing_missing_opens_no_model(tmp_path: Path, drawn: Drawn) -> None:
     wanted = Wanted(tmp_path, "a dog", 2)
     run(wanted, drawn)
