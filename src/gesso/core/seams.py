@@ -172,6 +172,10 @@ class Family(Protocol):
         """Moments [B, 2C, h, w] and unit noise [B, C, h, w] -> latents as the denoiser expects them."""
         ...
 
+    def decode_images(self, parts: Parts, latents: Tensor) -> Tensor:
+        """Latents as the denoiser knows them -> pixels [B, 3, H, W], about [-1, 1]; gradients reach the latents."""
+        ...
+
     def encode_text(self, parts: Parts, captions: Sequence[str]) -> Cond:
         """Text embeddings, each [B, ...]; differentiable where the encoders train."""
         ...
@@ -279,6 +283,10 @@ class Policy(Protocol):
 
     def predict(self, noisy: Tensor, t: Tensor, cond: Cond) -> Tensor: ...
 
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] of latents; for objectives that need "pixels"."""
+        ...
+
     def reference(self) -> AbstractContextManager[None]: ...
 
 
@@ -287,7 +295,7 @@ class Objective(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What its samples must have beside a picture and a caption: "pair", "prior", or nothing."""
+        """What it takes beside captioned pictures: "pair" or "prior" samples, or "pixels", the VAE at hand."""
         ...
 
     @property

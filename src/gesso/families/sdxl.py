@@ -189,6 +189,17 @@ class SDXL(Spec):
             return (raw - centre) * config["scaling_factor"] / spread
         return (raw - (config.get("shift_factor") or 0.0)) * config["scaling_factor"]
 
+    def decode_images(self, parts: Parts, latents: Tensor) -> Tensor:
+        """The VAE's pictures of latents as the UNet knows them, [B, 3, H, W] float32; gradients reach the latents."""
+        assert parts.vae is not None
+        config, raw = self._vae_config, latents.float()
+        if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+            centre, spread = (raw.new_tensor(config[k]).view(1, -1, 1, 1) for k in ("latents_mean", "latents_std"))
+            raw = raw * spread / config["scaling_factor"] + centre
+        else:
+            raw = raw / config["scaling_factor"] + (config.get("shift_factor") or 0.0)
+        return parts.vae.decode(raw.to(parts.vae.dtype), return_dict=False)[0].float()
+
     def encode_text(self, parts: Parts, captions: Sequence[str]) -> Cond:
         """Penultimate hidden states of both encoders, [B, 77 n, d1 + d2], and the pooled projection of the second.
 

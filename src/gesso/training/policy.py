@@ -40,6 +40,10 @@ class LivePolicy:
         assert self.parts.denoiser is not None
         return self.family.predict(self.parts.denoiser, noisy, t, cond)
 
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] of latents, about [-1, 1]."""
+        return self.family.decode_images(self.parts, latents)
+
     @contextmanager
     def reference(self) -> Iterator[None]:
         """Inside, predictions are those of the model before training, dropout off."""
