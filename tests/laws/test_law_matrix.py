@@ -1,0 +1,208 @@
+"""Every law over every method and adapter; the run of this file ends with the matrix (see conftest.py)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from gesso import stages
+from gesso.core.folder import RunFolder
+from gesso.core.runtime import Runtime
+from gesso.training import loop
+from gesso.training.session import Session
+from run_helpers import MakeRun, checkpoint_bytes
+
+METHODS: dict[str, dict[str, Any]] = {
+    "denoise": {"objective": {"type": "denoise", "min_snr_gamma": 5, "noise_offset": 0.05}},
+    "dpo": {"objective": {"type": "dpo", "beta": 500}},
+}
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {"type": "lora", "rank": 4, "alpha": 6},
+    "lora, text encoders": {"type": "lora", "rank": 4, "alpha": 6, "train_text_encoders": True},
+    "lora, dropout": {"type": "lora", "rank": 4, "dropout": 0.3},
+    "full": {"type": "full"},
+    "full, text encoders": {"type": "full", "train_text_encoders": True},
+}
+CELLS = [(method, adapter) for method in METHODS for adapter in ADAPTERS]
+INEXACT_START: frozenset[str] = frozenset()
+"""Adapters whose first prediction differs from the base model's by rounding."""
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
+    """Nine preference pairs of the shared pictures."""
+    folder = tmp_path_factory.mktemp("pairs")
+    rows = []
+    for i, (one, other) in enumerate([(0, 1), (1, 2), (2, 3), (3, 4), (4, 0), (5, 6), (6, 5), (7, 8), (8, 7)]):
+        for side, which in (("a", one), ("b", other)):
+            shutil.copy(pictures / f"{which}.png", folder / f"{i}{side}.png")
+        rows.append({"caption": f"a photo of pair number {i}", "chosen": f"{i}a.png", "rejected": f"{i}b.png"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+class Cell(NamedTuple):
+    """A combination, and how to make runs of it."""
+
+    method: str
+    adapter: str
+    make: Any
+
+    def run(self, name: str, **overrides: Any) -> Any:
+        """A run of four steps that keeps every checkpoint."""
+        return self.make(name, **{"training__steps": 4, "checkpoint": {"every": 2, "keep_last": 9}, **overrides})
+
+
+@pytest.fixture(params=CELLS, ids=lambda cell: f"{cell[0]} x {cell[1]}")
+def cell(request: pytest.FixtureRequest, make_run: MakeRun, pairs: Path) -> Cell:
+    method, adapter = request.param
+    settings: dict[str, Any] = {**METHODS[method], "adapter": ADAPTERS[adapter]}
+    if method == "dpo":
+        settings["data__sources"] = [{"path": str(pairs)}]
+    return Cell(method, adapter, lambda name, **more: make_run(name, **{**settings, **more}))
+
+
+class Live(NamedTuple):
+    """A run in memory, about to train."""
+
+    run: Any
+    session: Session
+    data: Any
+    runtime: Runtime
+
+    def fit(self) -> None:
+        """All its steps."""
+        run = self.run
+        self.session.policy.train()
+        loop.fit(
+            run.training,
+            name=run.name,
+            seed=run.seed,
+            loss=partial(run.objective.loss, self.session.policy),
+            learner=self.session.learner,
+            stream=self.data.stream,
+            runtime=self.runtime,
+            actions=[],
+            emit=lambda event: None,
+            stopping=lambda: False,
+        )
+
+    def predictions(self) -> list[Tensor]:
+        """What the model says of the first step's pictures, dropout off."""
+        policy, found = self.session.policy, []
+        with torch.no_grad(), policy.evaluating():
+            for batch in self.data.stream.window(0):
+                t = policy.noise.sample_t(batch.u, low=0.0, high=1.0)
+                noisy = policy.noise.corrupt(batch.latents, batch.noise, t)
+                found.append(policy.predict(noisy, t, policy.condition(batch)))
+        return found
+
+    def moved(self) -> Live:
+        """The same with every trained number moved at random, as after some training."""
+        with torch.no_grad():
+            for i, group in enumerate(self.session.learner.groups):
+                noise = torch.randn(group.flat.shape, generator=torch.Generator().manual_seed(i))
+                group.flat.add_(0.02 * noise)
+        return self
+
+
+def live(run: Any) -> Live:
+    folder = RunFolder(run.folder)
+    folder.prepare()
+    runtime = Runtime.detect(run.training.precision, "cpu")
+    data = stages.prepare(run, folder, runtime, lambda event: None)
+    return Live(run, Session.build(run, data.parts, runtime), data, runtime)
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_resumed_is_uninterrupted(cell: Cell) -> None:
+    run = cell.run("run")
+    straight = checkpoint_bytes(stages.train(run), 4)
+    shutil.rmtree(run.folder / "checkpoint-4")
+    stages.train(run, resume="latest")
+    assert checkpoint_bytes(run.folder, 4) == straight
+
+
+def test_a_step_may_be_split_in_any_way(cell: Cell) -> None:
+    """1 x 4, 2 x 2 and 4 x 1: gradients equal to rounding."""
+    gradients = []
+    for size in (1, 2, 4):
+        one = live(cell.run(f"split-{size}", training__batch_size=size, training__accumulation=4 // size)).moved()
+        one.session.policy.evaluating().__enter__()  # dropout is drawn by batch, so that it may differ
+        loss = partial(one.run.objective.loss, one.session.policy)
+        loop._accumulate(one.run.seed, 0, loss, one.session.learner, one.data.stream, one.runtime)
+        groups = one.session.learner.groups
+        views = {name: g for group in groups for name, g in group.views(group.gradient.clone()).items()}
+        gradients.append(torch.cat([views[name].double().flatten() for name in sorted(views)]))
+    for other in gradients[1:]:
+        assert float((gradients[0] - other).norm() / gradients[0].norm()) <= 1e-5
+
+
+def test_the_first_step_begins_at_the_base_model_and_the_reference_stays_there(cell: Cell) -> None:
+    one = live(cell.run("run", training__steps=2))
+    policy = one.session.policy
+    start = base = one.predictions()
+    # Full training keeps a copy of the weights for objectives that ask for it only.
+    referable = one.run.adapter.type != "full" or one.run.objective.reference
+    if referable:
+        with policy.reference():
+            base = one.predictions()
+    if cell.adapter in INEXACT_START:
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(start, base, strict=True))
+    else:
+        assert same(start, base)
+    one.fit()
+    trained = one.predictions()
+    assert not same(trained, base)
+    if not referable:
+        return
+    with policy.reference():
+        assert same(one.predictions(), base)
+    assert same(one.predictions(), trained)
+    with pytest.raises(ZeroDivisionError), policy.reference():
+        1 / 0  # noqa: B018
+    assert same(one.predictions(), trained)
+
+
+def test_what_is_frozen_moves_by_nothing_and_the_rest_moves(cell: Cell) -> None:
+    one = live(cell.run("run", training__steps=2))
+    trained = {name: p for group in one.session.adapter.parameters().values() for name, p in group.items()}
+    ids = {id(p) for p in trained.values()}
+    networks = one.session.policy.networks
+    frozen = [(p, p.detach().clone()) for network in networks for p in network.parameters() if id(p) not in ids]
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    one.fit()
+    assert all(torch.equal(p, old) for p, old in frozen)
+    parts = {part: any(not torch.equal(p, before[n]) for n, p in group.items())
+             for part, group in one.session.adapter.parameters().items()}  # fmt: skip
+    assert all(parts.values()), parts
+
+
+def test_cached_is_encoded_at_every_visit(cell: Cell) -> None:
+    cached = stages.train(cell.run("cached", training__steps=2))
+    fresh = stages.train(cell.run("fresh", training__steps=2, data__encoding="live"))
+    assert checkpoint_bytes(cached, 2) == checkpoint_bytes(fresh, 2)
+
+
+def test_previews_workers_and_cadence_change_nothing(cell: Cell) -> None:
+    plain = stages.train(cell.run("plain", training__steps=2))
+    busy = stages.train(
+        cell.run(
+            "busy",
+            training__steps=2,
+            data__workers=3,
+            checkpoint={"every": 1, "keep_last": 9},
+            preview={"prompts": ["a photo"], "every": 1, "inference_steps": 1},
+        )
+    )
+    assert checkpoint_bytes(plain, 2) == checkpoint_bytes(busy, 2)
