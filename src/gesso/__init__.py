@@ -20,13 +20,19 @@ if TYPE_CHECKING:
         sample,
         train,
     )
+    from gesso.preference import DPODataset, DPOTrainer, TrainingConfig, create_dataloader
 
 __version__ = "0.1.0"
+_PREFERENCE = ("DPODataset", "DPOTrainer", "TrainingConfig", "create_dataloader")
 __all__ = [
+    "DPODataset",
+    "DPOTrainer",
     "DiffusionTrainer",
     "SDXLEngine",
     "StoryboardDataset",
+    "TrainingConfig",
     "collate_fn",
+    "create_dataloader",
     "export_lora",
     "load_run",
     "sample",
@@ -36,7 +42,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return vars(import_module("gesso.api"))[name]
+        module = "gesso.preference" if name in _PREFERENCE else "gesso.api"
+        return vars(import_module(module))[name]
     raise AttributeError(f"module 'gesso' has no attribute '{name}'")
 
 
