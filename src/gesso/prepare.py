@@ -90,8 +90,9 @@ def prepare(
     shots = preview.shots(run)
     embeddings = sampling.encode(family.pipeline(parts), shots) if shots and not live_text else None
     previewer = Previewer(shots, embeddings, folder, model=family.base) if shots else None
-    vae_home = runtime.device if run.data.encoding == "live" else torch.device("cpu")
-    parts.vae = parts.vae.to(vae_home) if previewer and parts.vae else None
+    decodes = "pixels" in run.objective.needs
+    vae_home = runtime.device if decodes or run.data.encoding == "live" else torch.device("cpu")
+    parts.vae = parts.vae.to(vae_home) if (previewer or decodes) and parts.vae else None
     if not live_text:
         parts.text_encoders, parts.tokenizers = [], []
     runtime.release()

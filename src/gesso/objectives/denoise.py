@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from gesso.core.seams import Policy
 from gesso.core.weighting import AnyWeighting, MinSNR, Unweighted, Weighting
 from gesso.objectives.distance import DeltaSchedule, Distance, delta_at, distance
+from gesso.objectives.identity import IdentityLoss
 from gesso.objectives.noising import Noising
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class Denoise(Noising):
     """How much each noise level counts."""
     unmasked_weight: float = Field(default=0.0, ge=0, le=1)
     """What the loss outside of a mask counts; see `data.sources[].mask`."""
+    identity: IdentityLoss | None = None
+    """Also ask that the estimated clean picture shows the same person; `{}` takes the usual."""
 
     @model_validator(mode="after")
     def _one_weighting(self) -> Denoise:
@@ -46,8 +49,8 @@ class Denoise(Noising):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Nothing beside captioned pictures."""
-        return frozenset()
+        """Nothing beside captioned pictures, but for the identity loss."""
+        return frozenset({"pixels"}) if self.identity is not None else frozenset()
 
     @property
     def reference(self) -> bool:
@@ -67,7 +70,10 @@ class Denoise(Noising):
         # The target comes first: it may need the networks as they were before training.
         target = self.target(policy, batch, noisy=noisy, noise=asked, t=t)
         prediction = policy.predict(noisy, t, policy.condition(batch))
-        return self.cost(policy, batch, prediction, target, t) * batch.weights
+        cost = self.cost(policy, batch, prediction, target, t)
+        if self.identity is not None:
+            cost = cost + self.identity.loss(policy, batch, noisy=noisy, prediction=prediction, t=t)
+        return cost * batch.weights
 
     def measure(self, policy: Policy, batch: Batch) -> dict[str, Tensor]:
         """The loss."""

@@ -60,7 +60,7 @@ class DreamBooth(Denoise):
     @property
     def needs(self) -> frozenset[str]:
         """Prior samples, unless the model itself gives them."""
-        return frozenset({"prior"}) if self.prior == "images" else frozenset()
+        return super().needs | (frozenset({"prior"}) if self.prior == "images" else frozenset())
 
     @property
     def reference(self) -> bool:

@@ -40,10 +40,9 @@ class IdentityLoss(Spec):
 
         found = torch.zeros(len(batch), device=noisy.device)
         recogniser = recognition.load(self.model, noisy.device)
-        limit = policy.noise.sample_t(torch.tensor([self.timestep_high], device=t.device), low=0.0, high=1.0)
         clean = policy.noise.clean(noisy, prediction.float(), t)
         # One at a time: a decoder's memory is what limits this, and pictures must not depend on their company.
-        for i in (t < limit).nonzero().flatten().tolist():
+        for i in (policy.noise.level(t) < self.timestep_high).nonzero().flatten().tolist():
             with torch.no_grad():
                 true = policy.decode(self._small(batch.latents[i : i + 1]))
                 cut = recogniser.find(true)
