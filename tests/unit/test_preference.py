@@ -63,7 +63,7 @@ def test_the_guides_script(config: TrainingConfig) -> None:
 
 
 def test_steps_one_by_one(config: TrainingConfig, tmp_path: Path) -> None:
-    config.max_train_steps, config.beta_dpo, config.learning_rate = 60, 2000.0, 5e-3
+    config.learning_rate = 1e-4
     trainer = DPOTrainer(config)
     batches = list(trainer.train_dataloader)
     assert [len(batch["prompt"]) for batch in batches] == [2, 2, 1]
@@ -71,12 +71,15 @@ def test_steps_one_by_one(config: TrainingConfig, tmp_path: Path) -> None:
     assert loss.requires_grad
     assert measured["loss"] == pytest.approx(math.log(2), rel=1e-6)
     assert (measured["accuracy"], measured["margin"]) == (0.5, 0)
-    steps = [trainer.train_step(batches[0]) for _ in range(60)]
-    assert [entry["step"] for entry in steps] == list(range(1, 61))
+    steps = [trainer.train_step(batches[0]) for _ in range(3)]
+    assert [entry["step"] for entry in steps] == [1, 2, 3]
+    learner = trainer.session.learner
+    learner.step = 0  # the noise and the timesteps of the first step again
     after, measured = trainer.compute_loss(batches[0])
-    assert float(after.detach()) < 0.67  # a random network tells random pictures apart slowly
+    assert float(after.detach()) < math.log(2)
     assert measured["margin"] > 0
-    with pytest.raises(UserError, match="all 60 steps are done"):
+    learner.step = 3
+    with pytest.raises(UserError, match="all 3 steps are done"):
         trainer.train_step(batches[0])
     saved = load_file(trainer.save_checkpoint(tmp_path / "saved") / "pytorch_lora_weights.safetensors")
     assert any(float(tensor.abs().max()) > 0 for name, tensor in saved.items() if "lora_B" in name)
