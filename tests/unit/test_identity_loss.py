@@ -29,7 +29,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def live(make_run: MakeRun) -> tuple[Any, Session, Any]:
-    run = make_run("run", objective={"identity": {}}, data__captions={}, training__batch_size=4, training__accumulation=1)
+    run = make_run(
+        "run", objective={"identity": {}}, data__captions={}, training__batch_size=4, training__accumulation=1
+    )
     folder = RunFolder(run.folder)
     folder.prepare()
     runtime = Runtime.detect("fp32", "cpu")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from gesso.config.findings import Finding, error, warning
 from gesso.config.run import RunConfig
+from gesso.core import recognition
 from gesso.core.weighting import Debiased, EpsilonLike
 from gesso.objectives import Denoise
 from gesso.objectives.noising import Noising
@@ -19,6 +20,8 @@ def findings(run: RunConfig, *, predicts: str | None) -> Iterator[Finding]:
     if isinstance(run.objective, Denoise):
         yield from _distance(run.objective)
         yield from _weighting(run.objective, predicts)
+        if run.objective.identity is not None and (found := recognition.problem(run.objective.identity.model)):
+            yield error(str(found.where), found.what, str(found.fix))
 
 
 def _schedule(run: RunConfig, predicts: str | None) -> Iterator[Finding]:

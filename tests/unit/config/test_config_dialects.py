@@ -162,6 +162,11 @@ def test_validation_fragment_becomes_previews() -> None:
     assert load(merged(VALIDATION)).run.validation.every is None
 
 
+def test_the_identity_loss_and_its_model() -> None:
+    identity = load(merged(IDENTITY)).run.objective.identity
+    assert (identity.weight, identity.model) == (0.1, "buffalo_l")
+
+
 def test_speed_and_text_encoder_fragments() -> None:
     assert load(merged(SLOW)).run.data.workers == 4
     run = load(merged(TEXT_ENCODER)).run
@@ -176,7 +181,6 @@ def test_speed_and_text_encoder_fragments() -> None:
     [
         (MEMORY, "training.enable_cpu_offload", "CPU offload comes in a later version"),
         (OUT_OF_MEMORY, "training.enable_cpu_offload", "CPU offload comes in a later version"),
-        (IDENTITY, "consistency.enable_identity_loss", "the identity loss comes in a later version"),
         ("training:\n  scale_lr: true\n", "training.scale_lr", "multiply it yourself"),
         ("training:\n  optimizer: prodigy\n", "training.optimizer", "this optimizer comes in a later version"),
         ("logging:\n  report_to: comet_ml\n", "logging.report_to", "comet_ml comes in a later version"),
@@ -189,7 +193,13 @@ def test_what_is_not_there_is_refused_by_name(text: str, key: str, words: str) -
     assert words in found
 
 
-@pytest.mark.parametrize("text", [MEMORY, OUT_OF_MEMORY, IDENTITY])
+def test_the_identity_loss_switched_off() -> None:
+    loaded = load(merged(IDENTITY.replace("identity_loss: true", "identity_loss: false")))
+    assert loaded.run.objective.identity is None
+    assert {entry.key for entry in report(loaded).ignored} >= {"consistency.face_model"}
+
+
+@pytest.mark.parametrize("text", [MEMORY, OUT_OF_MEMORY])
 def test_the_same_switched_off_is_accepted(text: str) -> None:
     off = text.replace("enabled: true", "enabled: false").replace("identity_loss: true", "identity_loss: false")
     off = off.replace("enable_cpu_offload: true", "enable_cpu_offload: false")
@@ -205,7 +215,7 @@ def test_the_same_switched_off_is_accepted(text: str) -> None:
 
 def test_everything_refused_is_named_in_one_go() -> None:
     text = merged("training: {scale_lr: true}")
-    for extra in (IDENTITY, "logging: {report_to: comet_ml}", "training: {enable_cpu_offload: true}"):
+    for extra in ("training: {hub_token: x}", "logging: {report_to: comet_ml}", "training: {enable_cpu_offload: true}"):
         base = document.parse(text, file="x").data
         for section, values in document.parse(extra, file="x").data.items():
             base.setdefault(section, {}).update(values)

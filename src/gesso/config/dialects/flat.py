@@ -15,6 +15,9 @@ from gesso.errors import UserError
 NAME = "diffusers options"
 
 _GROUPED = (
+    "enable_identity_loss",
+    "identity_loss_weight",
+    "face_model",
     *("finetune_method", "train_data_dir", "dataset_name", "dataset_config_name", "image_column", "caption_column"),
     *(
         "metadata_file",

@@ -27,7 +27,18 @@ PRIOR = ("with_prior_preservation", "prior_loss_weight", "class_data_dir", "clas
 
 def apply(draft: Draft) -> None:
     """Read all groups."""
-    for group in (_method, _source, _prior, _images, _targets, _text_encoders, _timestep_bias, _output, _checkpoints):
+    for group in (
+        _method,
+        _source,
+        _prior,
+        _images,
+        _targets,
+        _text_encoders,
+        _timestep_bias,
+        _identity,
+        _output,
+        _checkpoints,
+    ):
         group(draft)
     training(draft)
 
@@ -281,6 +292,19 @@ def _timestep_bias(draft: Draft) -> None:
     draft.mapped.append(draft.entry(strategy, "objective.timestep_bias"))
     if multiplier is not None:
         draft.set("objective.timestep_bias.multiplier", number(multiplier.value), multiplier)
+
+
+def _identity(draft: Draft) -> None:
+    enabled = draft.take("enable_identity_loss")
+    on = enabled is not None and draft.flag(enabled)
+    if enabled is not None:
+        draft.set("objective.identity", {} if on else None, enabled)
+    for name, field in (("identity_loss_weight", "weight"), ("face_model", "model")):
+        if item := draft.take(name):
+            if on:
+                draft.set(f"objective.identity.{field}", item.value, item)
+            else:
+                draft.ignore(item, "the identity loss is off")
 
 
 def _output(draft: Draft) -> None:
