@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -25,7 +25,7 @@ from gesso.errors import Interrupted, NumericError, UserError
 from gesso.evaluation import sample as sampling
 from gesso.evaluation.preview import Previewer
 from gesso.evaluation.sample import Shot
-from gesso.export import embedding, hub, lora, pipeline
+from gesso.export import embedding, hub, lora, pipeline, single_file
 from gesso.export.lora import About, Format
 from gesso.prepare import Prepared, prepare
 from gesso.trackers import RunLog
@@ -227,14 +227,14 @@ def sample(
 def export(
     target: str,
     *,
-    format: Format = "diffusers",
+    format: Format | Literal["single-file"] = "diffusers",
     output: Path | None = None,
     use_ema: bool | None = None,
     precision: Precision | None = None,
     hub_repo: str | None = None,
     device: str | None = None,
 ) -> Path:
-    """Write what a run or checkpoint holds: a LoRA as one file, a fully trained model as a whole diffusers folder.
+    """Write what a run or checkpoint holds: a LoRA as one file, a fully trained model as a folder or as one file.
 
     Each is proven by loading it as its readers do. New words have a file each in a folder, beside the LoRA where there
     is one. `precision` empty is fp16, and fp32 for words; `use_ema` empty takes what the run samples with. With
@@ -252,9 +252,17 @@ def export(
     name = f"{run.name}-{checkpoint_folder.name}"
     if isinstance(run.adapter, Full):
         _refuse_lora_options(format, hub_repo, "the whole model")
-        path = output or checkpoint_folder.parent / name
-        pipeline.Trained.load(run, weights, runtime=runtime).write(path, precision=precision or "fp16", runtime=runtime)
+        model = pipeline.Trained.load(run, weights, runtime=runtime)
+        if format == "single-file":
+            path = output or checkpoint_folder.parent / f"{name}.safetensors"
+            single_file.write(model, path, precision=precision or "fp16", runtime=runtime)
+        else:
+            path = output or checkpoint_folder.parent / name
+            model.write(path, precision=precision or "fp16", runtime=runtime)
         return path
+    if format == "single-file":
+        what = "a single file holds a whole model, and this run trained a part beside it"
+        raise UserError(what, where="--format", fix="leave it out, or for a LoRA write kohya for other programs")
     if isinstance(run.adapter, Embedding):
         _refuse_lora_options(format, hub_repo, "new words alone")
     parts = run.model.load({"denoiser", "text"}, dtype=runtime.dtype, device=runtime.device)
@@ -275,12 +283,12 @@ def export(
     return path
 
 
-def _refuse_lora_options(format: Format, hub_repo: str | None, trained: str) -> None:
-    if format != "diffusers":
+def _refuse_lora_options(format: str, hub_repo: str | None, trained: str) -> None:
+    if format not in ("diffusers", "single-file"):
         raise UserError(
             f"{format} is a format of LoRA files, and this run trained {trained}",
             where="--format",
-            fix="leave it out: a folder is written",
+            fix="leave it out: a folder is written; or, of a whole model, write single-file",
         )
     if hub_repo is not None:
         raise UserError(

@@ -59,10 +59,14 @@ def sample(
 def export(
     target: Annotated[str, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="What to export.", show_default=False)],
     file_format: Annotated[
-        str, typer.Option("--format", help="Of a LoRA: diffusers, or kohya for other programs.")
+        str,
+        typer.Option(
+            "--format",
+            help="diffusers; for other programs kohya of a LoRA, single-file of a whole model.",
+        ),
     ] = "diffusers",
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="The file, or of a full fine-tune the folder.")
+        Path | None, typer.Option("-o", "--output", help="The file, or the folder of a whole model.")
     ] = None,
     ema: Annotated[
         bool | None, typer.Option("--ema/--no-ema", help="Averaged weights or not. Empty: as the run says.")
@@ -75,14 +79,14 @@ def export(
     ] = None,
     device: Annotated[str | None, typer.Option("--device", help="Where it is verified.")] = None,
 ) -> None:
-    """Write what was trained: a LoRA as a file, a full fine-tune or new words as a folder. Each is verified."""
-    _one_of("--format", file_format, ("diffusers", "kohya"))
+    """Write what was trained: a LoRA as a file, a full fine-tune as either, new words as a folder. Verified."""
+    _one_of("--format", file_format, ("diffusers", "kohya", "single-file"))
     chosen = precision_named(precision) if precision is not None else None
     from gesso import stages
 
     path = stages.export(
         target,
-        format=cast(Literal["diffusers", "kohya"], file_format),
+        format=cast(Literal["diffusers", "kohya", "single-file"], file_format),
         output=output,
         use_ema=ema,
         precision=chosen,

@@ -69,13 +69,13 @@ class About:
         local = self.base.startswith((".", "/", "~")) or Path(self.base).expanduser().exists()
         return self.base.count("/") == 1 and not local and not self.base.endswith(".safetensors")
 
-    def modelspec(self) -> dict[str, str]:
-        """ModelSpec 1.0.0 header keys (github.com/Stability-AI/ModelSpec)."""
+    def modelspec(self, *, whole: bool = False) -> dict[str, str]:
+        """ModelSpec 1.0.0 header keys (github.com/Stability-AI/ModelSpec), of a LoRA or of a whole model."""
         size = "" if self.resolution is None else f"{self.resolution[0]}x{self.resolution[1]}"
         words = ", ".join(dict.fromkeys(tag for counts in self.tags.values() for tag in counts))
         values = {
             "sai_model_spec": "1.0.0",
-            "architecture": f"{self.architecture}/lora",
+            "architecture": self.architecture if whole else f"{self.architecture}/lora",
             "implementation": "diffusers",
             "title": self.title,
             "resolution": size,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ def export(
     """
     _check_free(path, replace=replace)
     parts = model_folder.with_trained(family, weights, dtype=torch.float32, device=torch.device("cpu"))
-    _cast(family, parts, DTYPES[precision])
+    cast(family, parts, DTYPES[precision])
     partial = path.with_name(f".partial-{path.name}-{uuid.uuid4().hex[:8]}")
     try:
         try:
@@ -116,12 +116,14 @@ def _check_free(path: Path, *, replace: bool) -> None:
     raise UserError("something is there already", where=str(path), fix="remove it, or choose another place: --output")
 
 
-def _networks(family: Family, parts: Parts) -> dict[str, Any]:
-    return dict(zip(family.part_names, [parts.denoiser, *parts.text_encoders], strict=True))
+def networks(family: Family, parts: Parts) -> dict[str, Any]:
+    """All networks of a model by the names of their folders."""
+    return {**dict(zip(family.part_names, [parts.denoiser, *parts.text_encoders], strict=True)), "vae": parts.vae}
 
 
-def _cast(family: Family, parts: Parts, dtype: torch.dtype) -> None:
-    for part, network in {**_networks(family, parts), "vae": parts.vae}.items():
+def cast(family: Family, parts: Parts, dtype: torch.dtype) -> None:
+    """Bring every network to `dtype` in place; raises `UserError` for numbers that do not fit into it."""
+    for part, network in networks(family, parts).items():
         for tensor in [*network.parameters(), *network.buffers()]:
             if not tensor.is_floating_point():
                 continue
@@ -174,20 +176,25 @@ def _verify(folder: Path, *, family: Family, wanted: Parts, expected: Probe, run
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # the libraries raise whatever a damaged folder makes them raise
-        raise _unlike(folder, (str(error).strip() or type(error).__name__).splitlines()[0]) from error
-    found = Checked(
-        text_error=max(deviation(again.text[k], expected.text[k]) for k in expected.text),
-        error=deviation(again.prediction, expected.prediction),
+        raise unlike(folder, (str(error).strip() or type(error).__name__).splitlines()[0]) from error
+    return agreed(folder, again, expected, coarsest=(runtime.dtype, wanted.denoiser.dtype))
+
+
+def agreed(path: Path, found: Probe, expected: Probe, *, coarsest: Sequence[torch.dtype]) -> Checked:
+    """How far answers are from the expected ones; raises `UserError` if further than rounding to `coarsest` is."""
+    checked = Checked(
+        text_error=max(deviation(found.text[k], expected.text[k]) for k in expected.text),
+        error=deviation(found.prediction, expected.prediction),
     )
-    limit = max(AGREEMENT[runtime.dtype], AGREEMENT[wanted.denoiser.dtype])
+    limit = max(AGREEMENT[dtype] for dtype in coarsest)
     # A comparison with NaN is false, so that one fails as well.
-    if not (found.error <= limit and found.text_error <= limit):
-        raise _unlike(
-            folder,
-            f"predictions differ by {found.error:.1e} and text embeddings by {found.text_error:.1e} of their largest "
-            f"value, where {limit:.0e} is allowed",
+    if not (checked.error <= limit and checked.text_error <= limit):
+        raise unlike(
+            path,
+            f"predictions differ by {checked.error:.1e} and text embeddings by {checked.text_error:.1e} of their "
+            f"largest value, where {limit:.0e} is allowed",
         )
-    return found
+    return checked
 
 
 def _reloaded(folder: Path, *, family: Family, wanted: Parts, expected: Probe, runtime: Runtime) -> Probe:
@@ -196,18 +203,27 @@ def _reloaded(folder: Path, *, family: Family, wanted: Parts, expected: Probe, r
 
     with model_folder.without_bars():
         loaded = DiffusionPipeline.from_pretrained(folder)
-    for part, network in {**_networks(family, wanted), "vae": wanted.vae}.items():
-        _compare(part, network.state_dict(), loaded.components[part].state_dict())
-    networks = [loaded.components[part].to(runtime.device) for part in family.part_names]
-    for network in networks:
+    for part, network in networks(family, wanted).items():
+        compare(part, network.state_dict(), loaded.components[part].state_dict())
+    tokenizers = [part for name, part in loaded.components.items() if name.startswith("tokenizer")]
+    again = [loaded.components[part] for part in family.part_names]
+    return answers(family, again, tokenizers, expected=expected, runtime=runtime)
+
+
+def answers(
+    family: Family, loaded: Sequence[Any], tokenizers: Sequence[Any], *, expected: Probe, runtime: Runtime
+) -> Probe:
+    """What a loaded denoiser and text encoders answer, computed as the trained model's answers were."""
+    for network in loaded:
+        network.to(runtime.device)
         if network.dtype != runtime.dtype:  # diffusers warns of every cast, needed or not
             network.to(runtime.dtype)
-    tokenizers = [part for name, part in loaded.components.items() if name.startswith("tokenizer")]
-    fresh = Parts(denoiser=networks[0], text_encoders=networks[1:], tokenizers=tokenizers)
+    fresh = Parts(denoiser=loaded[0], text_encoders=list(loaded[1:]), tokenizers=list(tokenizers))
     return probe(family, fresh, cond=expected.cond)
 
 
-def _compare(part: str, wanted: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:
+def compare(part: str, wanted: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:
+    """Raise `ValueError` unless a loaded network has the tensors of the trained one, in name and value."""
     # diffusers loads some of the networks in float32, which changes no number of a coarser type.
     wrong = sorted(wanted.keys() ^ loaded.keys())
     wrong = wrong or [key for key, t in wanted.items() if not torch.equal(t.to(loaded[key].dtype), loaded[key])]
@@ -215,10 +231,11 @@ def _compare(part: str, wanted: Mapping[str, Tensor], loaded: Mapping[str, Tenso
         raise ValueError(f"{len(wrong)} tensors of {part} are not as trained (first: {wrong[0]})")
 
 
-def _unlike(folder: Path, why: str) -> UserError:
+def unlike(path: Path, why: str) -> UserError:
+    """The error for an export that is not the trained model."""
     return UserError(
         f"the exported model does not reload as the trained model, so it was not kept: {why}",
-        where=str(folder),
+        where=str(path),
         fix="export with --precision fp32; the checkpoint itself is untouched",
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -10,16 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from gesso.errors import UserError
 from gesso.families import lora_file, model_folder
+from gesso.families.original_names import PREFIXES
 
 if TYPE_CHECKING:
     import torch
 
-_PREFIXES = {
-    "unet": "model.diffusion_model.",
-    "vae": "first_stage_model.",
-    "text_encoder": "conditioner.embedders.0.transformer.",
-    "text_encoder_2": "conditioner.embedders.1.model.",
-}
 _V_PREDICTION = {"prediction_type": "v_prediction"}
 ZERO_TERMINAL_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
@@ -31,7 +26,7 @@ def check(file: Path, parts: Collection[str]) -> None:
         raise UserError(
             "this is a LoRA, not a model", where=str(file), fix="give the model that it was trained on as model.base"
         )
-    lacking = [p for p in parts if not any(key.startswith(_PREFIXES[p]) for key in keys)]
+    lacking = [p for p in parts if not any(key.startswith(PREFIXES[p]) for key in keys)]
     if lacking == ["vae"]:
         raise UserError("this checkpoint holds no VAE", where=str(file), fix="name one with model.vae")
     if lacking:
@@ -62,6 +57,15 @@ def schedule(file: Path) -> dict[str, Any]:
     if "ztsnr" in keys:
         found |= ZERO_TERMINAL_SNR
     return found
+
+
+def marks(scheduler: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The empty tensors by which `schedule` finds in a file what a scheduler's config says of the training."""
+    import torch
+
+    v = scheduler.get("prediction_type") == "v_prediction"
+    names = ["v_pred"] * v + ["ztsnr"] * bool(scheduler.get("rescale_betas_zero_snr"))
+    return {name: torch.zeros(0) for name in names}
 
 
 def read(file: Path, part: str, *, config: Path, dtype: torch.dtype) -> Any:
