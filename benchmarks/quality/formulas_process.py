@@ -123,14 +123,14 @@ FORWARD = (
         "core/noise.py",
         "torch.floor(u * (last - first)).long()",
         "torch.floor(u * (last - 1 - first)).long()",
-        (f"{NOISE}::test_timesteps_are_uniform",),
+        (LEVELS,),
     ),
     Fault(
         "timesteps rounded to the nearest",
         "core/noise.py",
         "torch.floor(u * (last - first)).long()",
         "torch.round(u * (last - first)).long()",
-        (f"{NOISE}::test_timesteps_are_uniform",),
+        (LEVELS,),
     ),
 )
 

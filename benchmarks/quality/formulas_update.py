@@ -11,6 +11,8 @@ RATES = f"{STEP}::test_the_rate_is_that_of_the_optimiser_step_however_the_step_i
 OPTIM = f"{ORACLES}_optim.py"
 SCHEDULE = f"{ORACLES}_schedule.py"
 DRAWS = f"{ORACLES}_draws.py"
+LONG_NORM = f"{ORACLES}_rounding.py::test_the_norm_of_millions_of_gradients_is_that_of_float64"
+ROUNDING = f"{ORACLES}_rounding.py::test_each_neighbour_as_often_as_the_value_is_near_to_it"
 AVERAGE = "tests/quality/test_quality_whole_step.py::test_the_average_is_that_of_the_weights_that_were_saved"
 
 UPDATE = (
@@ -125,9 +127,31 @@ UPDATE = (
     Fault(
         "the norms of the parts added, not their squares",
         "training/optim.py",
-        "torch.stack(norms).norm()",
-        "torch.stack(norms).sum()",
+        "torch.stack(norms).norm().float()",
+        "torch.stack(norms).sum().float()",
         (f"{OPTIM}::test_clipping_against_float64", WHOLE_RUN),
+    ),
+    Fault(
+        "a norm of long gradients added up in float32",
+        "training/optim.py",
+        "torch.float64 if group.gradient.device.type",
+        "torch.float32 if group.gradient.device.type",
+        (LONG_NORM,),
+    ),
+    Fault(
+        "bf16 weights rounded to the nearest",
+        "training/rounding.py",
+        "torch.empty_like(bits).random_(0, 1 << 16, generator=generator)",
+        "torch.full_like(bits, 1 << 15)",
+        (ROUNDING,),
+        known=True,
+    ),
+    Fault(
+        "bf16 weights rounded up and down alike, however near",
+        "training/rounding.py",
+        "torch.empty_like(bits).random_(0, 1 << 16, generator=generator)",
+        "torch.empty_like(bits).random_(0, 2, generator=generator) * 0xFFFF",
+        (ROUNDING,),
     ),
     Fault(
         "weight decay in the gradient, as L2",
@@ -206,8 +230,8 @@ UPDATE = (
     Fault(
         "the average saved as the trained weights",
         "training/session.py",
-        "weights=self.adapter.state(),",
-        "weights=learner.average.state() if learner.average else self.adapter.state(),",
+        "            weights=weights,\n",
+        "            weights=learner.average.state() if learner.average else weights,\n",
         (AVERAGE,),
         known=True,
     ),

@@ -3,6 +3,7 @@
     python benchmarks/quality/mutations.py              # all of them; writes mutations.json and the table in docs/
     python benchmarks/quality/mutations.py --formulas   # the wrong formulas instead, with a file and table of their own
     python benchmarks/quality/mutations.py --only "sign of the target flipped"     # prints, writes nothing
+    python benchmarks/quality/mutations.py --changed    # only those that are new, or whose source or tests have changed
     python benchmarks/quality/mutations.py --places     # only looks whether every fault of both lists has its place
 
 Every fault is silent: the code runs on and trains, with wrong numbers. A fault that no test notices, or that stops a
@@ -12,6 +13,7 @@ test before its own assertions (in an import or a fixture) and does nothing else
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -21,7 +23,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,6 +52,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formulas", action="store_true", help="the wrong formulas instead of the faults")
     parser.add_argument("--only", action="append", help="name of a fault; can be given several times")
+    parser.add_argument(
+        "--changed", action="store_true", help="keep the rows of what has not changed since they were made"
+    )
     parser.add_argument("--table", action="store_true", help="only write the table in docs/ again")
     parser.add_argument("--places", action="store_true", help="only look whether each fault can be put in")
     args = parser.parse_args()
@@ -63,9 +68,10 @@ def main() -> int:
     faults = [f for f in every if not args.only or f.name in args.only]
     if not faults:
         parser.error(f"no such fault; there are: {'; '.join(f.name for f in every)}")
+    known = json.loads(result.read_text())["faults"] if args.changed and result.exists() else []
     with tempfile.TemporaryDirectory() as compiled:  # of the tests, once for all faults
         sys.pycache_prefix, sys.dont_write_bytecode = compiled, False
-        rows, seconds = run(faults)
+        rows, seconds = run(faults, {row["fault"]: row for row in known})
     if not args.only:
         from gesso.core.provenance import provenance  # not before: what a test process imports must be its copy's
 
@@ -77,19 +83,27 @@ def main() -> int:
     return 1 if survived else 0
 
 
-def run(faults: Sequence[Fault]) -> tuple[list[dict[str, Any]], int]:
-    """What each fault was caught by, and the seconds that it all took."""
+def run(faults: Sequence[Fault], known: Mapping[str, dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
+    """What each fault was caught by, and the seconds that it all took; `known` rows that are still true are kept."""
     began = time.monotonic()
-    for fault in faults:
-        changed_text(PACKAGE, fault)
-    check_clean(sorted({test for fault in faults for test in fault.tests}))
-    rows = []
-    for fault in faults:
-        rows.append(row := measure(fault))
+    rows = {f.name: known[f.name] for f in faults if f.name in known and known[f.name].get("of") == state(f)}
+    left = [fault for fault in faults if fault.name not in rows]
+    if left:
+        check_clean(sorted({test for fault in left for test in fault.tests}))
+    for fault in left:
+        rows[fault.name] = row = measure(fault)
         print(f"{'caught' if row['caught'] else 'SURVIVED':9} {row['seconds']:5.0f} s  {fault.name}", flush=True)
-        for test in dict.fromkeys(row["failed"]):
+        for test in row["failed"]:
             print(f"{'':19}{test}")
-    return rows, round(time.monotonic() - began)
+    return [rows[fault.name] for fault in faults], round(time.monotonic() - began)
+
+
+def state(fault: Fault) -> str:
+    """A hash of the file with the fault and of the files of its tests."""
+    tests = sorted({ROOT / test.partition("::")[0] for test in fault.tests})
+    files = [path for place in tests for path in (sorted(place.rglob("*.py")) if place.is_dir() else [place])]
+    content = [changed_text(PACKAGE, fault).encode(), *(path.read_bytes() for path in files)]
+    return hashlib.sha256(b"\0".join(content)).hexdigest()[:16]
 
 
 def missing_places(faults: Sequence[Fault]) -> int:
@@ -121,6 +135,7 @@ def measure(fault: Fault) -> dict[str, Any]:
         "fault": fault.name,
         "file": f"src/gesso/{fault.file}",
         "asked": fault in ASKED or fault.known,
+        "of": state(fault),
         "caught": bool(outcome["failed"]),
         **outcome,
     }
@@ -165,8 +180,8 @@ def run_tests(folder: Path, tests: Sequence[str]) -> dict[str, Any]:
         sys.exit(f"pytest could not run ({process.exitcode}):\n{(folder / 'output').read_text()[-4000:]}")
     cases = list(ElementTree.parse(report).getroot().iter("testcase"))
     return {
-        "failed": [_name(case) for case in cases if case.find("failure") is not None],
-        "stopped": [_name(case) for case in cases if case.find("error") is not None],
+        "failed": list(dict.fromkeys(_name(case) for case in cases if case.find("failure") is not None)),
+        "stopped": list(dict.fromkeys(_name(case) for case in cases if case.find("error") is not None)),
         "passed": sum(case.find("failure") is None and case.find("error") is None for case in cases),
         "seconds": round(time.monotonic() - began, 1),
     }

@@ -107,8 +107,10 @@ def flat_group(
 
 def gradient_norm(groups: Sequence[FlatGroup]) -> Tensor:
     """The 2-norm over all groups, a float32 scalar on the device."""
-    norms = [torch.linalg.vector_norm(group.gradient, dtype=torch.float32) for group in groups]
-    return torch.stack(norms).norm()
+    # On the CPU torch adds the squares of a vector one after another: in float32 ten million are wrong by a percent.
+    types = [torch.float64 if group.gradient.device.type == "cpu" else torch.float32 for group in groups]
+    norms = [torch.linalg.vector_norm(g.gradient, dtype=kind) for g, kind in zip(groups, types, strict=True)]
+    return torch.stack(norms).norm().float()
 
 
 def clip(groups: Sequence[FlatGroup], norm: float, limit: float) -> None:
