@@ -17,6 +17,7 @@ from gesso.core import checkpoints
 from gesso.core.checkpoints import AVERAGE
 from gesso.core.events import Event, Finished, RunStarted, Saved, Validated, Warned
 from gesso.core.folder import RunFolder, write_atomic, write_json
+from gesso.core.history import Measured
 from gesso.core.provenance import provenance
 from gesso.core.runtime import Precision, Runtime, out_of_memory_explained
 from gesso.core.seams import Attached, Emit, Parts
@@ -29,7 +30,8 @@ from gesso.export import embedding, hub, lora, pipeline, single_file
 from gesso.export.lora import About, Format
 from gesso.prepare import Prepared, prepare
 from gesso.trackers import RunLog
-from gesso.training import checkpoint, loop, optim
+from gesso.training import checkpoint as saving
+from gesso.training import loop, optim
 from gesso.training import resume as continuity
 from gesso.training.checkpoint import Snapshot
 from gesso.training.loop import Action
@@ -52,7 +54,7 @@ def train(run: RunConfig, *, resume: str | None = None, accept: Collection[str] 
     folder = RunFolder(run.folder.expanduser().absolute())
     folder.prepare()
     with folder.held(), stop_requests() as stopping:
-        store = checkpoint.Store(folder.path, run.checkpoint, warn=lambda text: emit(Warned(0, text)))
+        store = saving.Store(folder.path, run.checkpoint, warn=lambda text: emit(Warned(0, text)))
         store.sweep()
         start = _starting_point(store, resume, emit)
         started_at = start.step if start else 0
@@ -76,12 +78,18 @@ def train(run: RunConfig, *, resume: str | None = None, accept: Collection[str] 
                     fix=f"go on with: gesso train {folder.config} --resume latest",
                 )
             trained, step = _trained(run, session, last), session.learner.step
+            best, reason, components = session.best_step, session.stalled, session.components()
             session.release()
             del session  # the check of what is written needs its memory
             runtime.release()
-            outputs = {"run folder": folder.path, "checkpoint": last, **trained.finish(folder.path, runtime=runtime)}
+            outputs = {
+                "run folder": folder.path,
+                "checkpoint": last,
+                **_best(folder, best),
+                **trained.finish(folder.path, runtime=runtime),
+            }
             files_by_kind = {kind: str(path) for kind, path in outputs.items()}
-            tell(Finished(step, time.monotonic() - began, runtime.peak_memory(), files_by_kind))
+            tell(Finished(step, time.monotonic() - began, runtime.peak_memory(), files_by_kind, reason, components))
     return folder.path
 
 
@@ -92,7 +100,7 @@ def _learn(
     run: RunConfig,
     session: Session,
     data: Prepared,
-    store: checkpoint.Store,
+    store: saving.Store,
     identity: Mapping[str, Any],
     runtime: Runtime,
     stopping: Stopping,
@@ -101,8 +109,13 @@ def _learn(
     """Run the loop with its actions; returns the last checkpoint."""
 
     def validate(step: int) -> None:
-        if data.held_out:
-            tell(Validated.of(step, session.measure(data.held_out, runtime), samples=len(data.held_out)))
+        values = session.measure(data.held_out, runtime) if data.held_out else {}
+        session.require_measures(values)
+        if values:
+            tell(Validated.of(step, values, samples=len(data.held_out)))
+            session.learner.history.append(Measured(step, values))
+        if step and session.best_step == step:
+            save(step)
 
     def show(step: int) -> None:
         if data.previewer is not None:
@@ -115,8 +128,8 @@ def _learn(
 
     every = run.checkpoint.every
     actions = [
-        Action(run.validation.every or every, validate),
         Action(run.preview.every or every, show),
+        Action(run.validation.every or every, validate),
         Action(every, save),
     ]
     total = run.training.total_steps(data.stream.steps_per_epoch)
@@ -138,12 +151,16 @@ def _learn(
             runtime=runtime,
             actions=actions,
             emit=tell,
-            stopping=stopping,
+            stopping=lambda: stopping() or bool(session.stalled),
         )
     last = store.folder / f"checkpoint-{session.learner.step}"
     if not last.exists():
         save(session.learner.step)
     return last
+
+
+def _best(folder: RunFolder, step: int | None) -> dict[str, Path]:
+    return {} if step is None else {"best checkpoint": folder.checkpoint(step)}
 
 
 Result = lora.Trained | pipeline.Trained | embedding.Trained | embedding.WithLoRA
@@ -188,6 +205,7 @@ def _draw_previews(
 def sample(
     target: str,
     *,
+    checkpoint: str | None = None,
     prompts: Sequence[str],
     loras: Sequence[tuple[str, float]] = (),
     negative: str = "",
@@ -203,9 +221,11 @@ def sample(
 ) -> list[Path]:
     """Draw `count` pictures of each prompt; returns their files, and last a grid when there are several.
 
-    `target` is a run, a checkpoint or a model; picture i of all uses seed + i.
+    `target` is a run, a checkpoint or a model, `checkpoint` which one of a run (see `checkpoints.chosen`); picture i of
+    all uses seed + i.
     """
     runtime = Runtime.for_inference(precision, device)
+    target = target if checkpoint is None else str(checkpoints.chosen(Path(target), checkpoint))
     pipe, label = sampling.open_pipeline(target, loras=loras, runtime=runtime)
     side = pipe.default_sample_size * pipe.vae_scale_factor
     shots = [
@@ -227,6 +247,7 @@ def sample(
 def export(
     target: str,
     *,
+    checkpoint: str | None = None,
     format: Format | Literal["single-file"] = "diffusers",
     output: Path | None = None,
     use_ema: bool | None = None,
@@ -240,6 +261,7 @@ def export(
     is one. `precision` empty is fp16, and fp32 for words; `use_ema` empty takes what the run samples with. With
     `hub_repo` a LoRA file is pushed with a model card.
     """
+    target = target if checkpoint is None else str(checkpoints.chosen(Path(target), checkpoint))
     run, weights = sampling.trained(target, use_ema=use_ema)
     if hub_repo is not None and run.tokens:
         raise UserError(
@@ -301,7 +323,7 @@ def _refuse_lora_options(format: str, hub_repo: str | None, trained: str) -> Non
 # Where a run starts, and what it leaves behind.
 
 
-def _starting_point(store: checkpoint.Store, resume: str | None, emit: Emit) -> Snapshot | None:
+def _starting_point(store: saving.Store, resume: str | None, emit: Emit) -> Snapshot | None:
     if resume is None:
         if existing := checkpoints.listed(store.folder):
             raise UserError(
@@ -312,7 +334,7 @@ def _starting_point(store: checkpoint.Store, resume: str | None, emit: Emit) -> 
         return None
     named = Path(resume).expanduser()
     if resume != "latest" and not (named / "run.yaml").is_file():
-        start = checkpoint.load(named)
+        start = saving.load(named)
         if later := [step for step in checkpoints.listed(store.folder) if step > start.step]:
             raise UserError(
                 f"this folder goes on after {named.name}, to checkpoint-{max(later)}",
@@ -324,7 +346,7 @@ def _starting_point(store: checkpoint.Store, resume: str | None, emit: Emit) -> 
     for bad, problems in refused.items():
         emit(Warned(0, f"{bad.name} is damaged and is passed over: {'; '.join(problems)}"))
     if path is not None:
-        return checkpoint.load(path)
+        return saving.load(path)
     if refused:
         raise UserError(
             "no checkpoint of this run is whole",

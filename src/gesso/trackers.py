@@ -72,6 +72,7 @@ class Jsonl:
         self._events: IO[str] = _append_lines(folder.events)
         self._log: IO[str] = (folder.logs / "train.log").open("a", encoding="utf-8")
         self._curves = _curves(folder, before=started_at)
+        self._components: tuple[dict[str, Any], ...] = ()
         self._total = 0
         self._refreshed = 0.0
 
@@ -90,6 +91,7 @@ class Jsonl:
                 _append(self._curves, "validation", _columns(event.as_json()))
             case Finished():
                 state = "finished"
+                self._components = event.as_json()["components"]
             case Failed():
                 state = "interrupted" if event.resumable and event.exit_code == 75 else "failed"
         if line := _log_line(event):
@@ -100,7 +102,7 @@ class Jsonl:
 
     def close(self) -> None:
         """Write the curves a last time."""
-        write_json(self._folder.metrics, _flat(self._curves), durable=False)
+        self._write_metrics()
         self._events.close()
         self._log.close()
 
@@ -108,7 +110,11 @@ class Jsonl:
         self._refreshed = time.monotonic()
         status = {"state": state, "step": step, "total_steps": self._total, "updated": time.time()}
         write_json(self._folder.status, status | {"pid": os.getpid(), "host": socket.gethostname()}, durable=False)
-        write_json(self._folder.metrics, _flat(self._curves), durable=False)
+        self._write_metrics()
+
+    def _write_metrics(self) -> None:
+        parts = {"components": self._components} if self._components else {}
+        write_json(self._folder.metrics, _flat(self._curves) | parts, durable=False)
 
 
 class RunLog:
@@ -269,7 +275,8 @@ def _log_line(event: Event) -> str:
         case Warned():
             return f"warning: {event.message}"
         case Finished():
-            return f"finished at step {event.step} after {event.seconds:.0f} s"
+            why = f": {event.reason}" if event.reason else ""
+            return f"finished at step {event.step} after {event.seconds:.0f} s{why}"
         case Failed():
             return f"ended at step {event.step}: {event.message}"
         case _:
@@ -291,7 +298,7 @@ def _append(curves: Curves, group: str, columns: Mapping[str, float]) -> None:
         curves.setdefault(group, {}).setdefault(name, []).append(value)
 
 
-def _flat(curves: Curves) -> dict[str, list[float]]:
+def _flat(curves: Curves) -> dict[str, Any]:
     """Training columns under their own names (`metrics["loss"][-1]`), validation columns with a prefix."""
     return curves.get("train", {}) | {
         f"validation_{name}": values for name, values in curves.get("validation", {}).items()

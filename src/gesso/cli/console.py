@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 from gesso.cli.show import size
 from gesso.core.events import (
+    Component,
     Event,
     Failed,
     Finished,
@@ -84,6 +85,20 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(whole, 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def components_table(components: Sequence[Component]) -> list[str]:
+    """One line a part of the model: trained parameters, learning rate, and how far its weights went."""
+    if not components:
+        return []
+    rows = [("part", "trained", "rate", "change")]
+    for one in components:
+        trained = f"{one.parameters:,}" if one.parameters else "frozen"
+        rate = f"{one.learning_rate:g}" if one.parameters else "-"
+        change = "?" if one.change is None else "0" if one.change == 0 else f"{one.change:.2%}"
+        rows.append((one.part, trained, rate, change))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
 
 
 class Console:
@@ -161,6 +176,8 @@ class Console:
 
     def _finished(self, event: Finished) -> None:
         tally = self._tally
+        if event.reason:
+            self._line(f"stopped early, after step {event.step} of {tally.total}: {event.reason}")
         self._line(f"done: {event.step} steps in {duration(event.seconds)}, peak memory {size(event.peak_memory)}")
         if tally.first_loss is not None:
             self._line(f"  loss {tally.first_loss:.4f} at first, {tally.loss:.4f} at last (smoothed)")
@@ -170,6 +187,8 @@ class Console:
             self._line(
                 f"  validation loss {first:.4f} at first, {last:.4f} at last, lowest {best:.4f} at step {best_step}"
             )
+        for line in components_table(event.components):
+            self._line(f"  {line}")
         for name, path in event.outputs.items():
             self._line(f"  {name}: {path}")
         folder = tally.folder or event.outputs.get("run folder", "RUN")

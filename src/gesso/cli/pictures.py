@@ -16,6 +16,9 @@ def sample(
         typer.Argument(help="Run folder, checkpoint, diffusers folder, hub id or .safetensors.", show_default=False),
     ],
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw; may be repeated.")],
+    checkpoint: Annotated[
+        str | None, typer.Option("--checkpoint", metavar="best|latest|STEP", help="Which checkpoint of a run folder.")
+    ] = None,
     lora: Annotated[
         list[str], typer.Option("--lora", metavar="PATH[:WEIGHT]", help="A LoRA file to add; may be repeated.")
     ] = [],  # noqa: B006 (typer copies it)
@@ -39,6 +42,7 @@ def sample(
 
     files = stages.sample(
         target,
+        checkpoint=checkpoint,
         prompts=prompt,
         loras=loras,
         negative=negative,
@@ -58,6 +62,9 @@ def sample(
 
 def export(
     target: Annotated[str, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="What to export.", show_default=False)],
+    checkpoint: Annotated[
+        str | None, typer.Option("--checkpoint", metavar="best|latest|STEP", help="Which checkpoint of a run folder.")
+    ] = None,
     file_format: Annotated[
         str,
         typer.Option(
@@ -86,6 +93,7 @@ def export(
 
     path = stages.export(
         target,
+        checkpoint=checkpoint,
         format=cast(Literal["diffusers", "kohya", "single-file"], file_format),
         output=output,
         use_ema=ema,

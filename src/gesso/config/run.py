@@ -218,6 +218,19 @@ class EMA(Spec):
         return min(self.decay, (1 + k) / (10 + k)) if self.warmup else self.decay
 
 
+class EarlyStopping(Spec):
+    """When to end a run because validation gets no better."""
+
+    patience: int = Field(default=5, ge=1)
+    """Measurements in a row without a gain that end the run."""
+    min_delta: float = Field(default=0.0, ge=0)
+    """What counts as a gain: better than the best so far by more than this."""
+    metric: str = Field(default="loss", min_length=1)
+    """What is looked at: the validation loss, or another measure of the objective, such as accuracy."""
+    mode: Literal["min", "max"] | None = None
+    """Which way is better. Empty: min for a loss, max for anything else."""
+
+
 class Training(Spec):
     """How long, how fast and in what precision."""
 
@@ -253,6 +266,8 @@ class Training(Spec):
     device: str | None = None
     """cuda, cuda:1, mps or cpu. Empty: the best there is."""
     ema: EMA = EMA()
+    early_stopping: EarlyStopping | None = None
+    """End the run before its length is up, once validation gets no better. Empty: never."""
 
     @field_validator("text_encoder_learning_rates", mode="before")
     @classmethod
@@ -317,6 +332,9 @@ class Checkpoint(Spec):
     """Newest checkpoints to keep. The only good one is never deleted."""
     keep_every: int | None = Field(default=None, ge=1)
     """Also keep every checkpoint whose step is a multiple of this."""
+    keep_best: str | None = Field(default=None, min_length=1)
+    """A measure of validation, such as loss: each step that is the best so far by it is saved, and the best one is
+    kept. `--checkpoint best` takes it."""
 
 
 class RunConfig(Spec):

@@ -88,4 +88,15 @@ def _packages(run: RunConfig) -> Iterator[Finding]:
             yield error(key, f"{optimizer.type} needs a GPU", "write adamw, lion or adafactor")
 
 
-RULES: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (_rates, _optimizer, _packages)
+def _stopping(run: RunConfig) -> Iterator[Finding]:
+    holdout = run.data.validation
+    if holdout.fraction or holdout.path is not None:
+        return
+    fix = "set data.validation.fraction or data.validation.path"
+    if run.training.early_stopping is not None:
+        yield error("training.early_stopping", "no images are held out, so nothing tells when to stop", fix)
+    if run.checkpoint.keep_best is not None:
+        yield error("checkpoint.keep_best", "no images are held out, so no checkpoint is known to be the best", fix)
+
+
+RULES: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (_rates, _optimizer, _packages, _stopping)

@@ -7,8 +7,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gesso.core import history
 from gesso.core.resolve import file_sha256
 from gesso.core.seams import Layout
+from gesso.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +35,39 @@ def newest(folder: Path) -> tuple[Path | None, dict[Path, list[str]]]:
             return path, refused
         refused[path] = problems
     return None, refused
+
+
+def chosen(run: Path, which: str) -> Path:
+    """A checkpoint of a run folder: `latest`, `best`, or the one of a step.
+
+    best is by the measure that the run keeps its best by, else by the validation loss among the checkpoints that are
+    there. Raises `UserError` where there is none.
+    """
+    run = run.expanduser()
+    steps = listed(run)
+    if which.isdecimal():
+        if int(which) in steps:
+            return steps[int(which)]
+        fix = f"there are {', '.join(map(str, steps))}" if steps else "this run has none yet"
+        raise UserError(f"there is no checkpoint of step {which}", where=str(run), fix=fix)
+    if which not in ("latest", "best"):
+        raise UserError(
+            f"{which} is no checkpoint", where="--checkpoint", fix="write latest, best or the number of a step"
+        )
+    last, _ = newest(run)
+    if last is None:
+        raise UserError("this run has no whole checkpoint", where=str(run), fix="wait for its first one")
+    if which == "latest":
+        return last
+    position = json.loads((last / POSITION).read_text())
+    found = position.get("best")
+    if found not in steps:
+        lowest = history.best(history.from_json(position.get("history", [])), "loss", among=steps)
+        found = None if lowest is None else lowest.step
+    if found is None:
+        what = "nothing was measured on held-out images, so no checkpoint is known to be the best"
+        raise UserError(what, where=str(run), fix="set data.validation.fraction in the next run, or name a step")
+    return steps[found]
 
 
 def is_weights(name: str) -> bool:

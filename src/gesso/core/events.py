@@ -95,12 +95,28 @@ class Warned(Event):
 
 
 @dataclass(frozen=True)
+class Component:
+    """A part of the model at the end of a run: what of it trained, how fast, and how far it went.
+
+    `change` is |trained - start| / |start| over the trained weights (2-norms); exactly 0 where nothing trained, and
+    None where what training started from is no longer there.
+    """
+
+    part: str
+    parameters: int
+    learning_rate: float
+    change: float | None
+
+
+@dataclass(frozen=True)
 class Finished(Event):
-    """The last step is done and everything is written."""
+    """The last step is done and everything is written; `reason` says why before its length was up, if it was."""
 
     seconds: float
     peak_memory: int
     outputs: dict[str, str]
+    reason: str = ""
+    components: tuple[Component, ...] = ()
 
 
 @dataclass(frozen=True)

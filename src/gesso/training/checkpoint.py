@@ -112,7 +112,7 @@ class Store:
                     raise self._failed(target, error) from error
                 self.warn(f"{error.strerror} while saving {target.name}; trying again in {self.wait:.0f} s")
                 time.sleep(self.wait)
-        self._prune(written=target)
+        self._prune(written=target, best=snapshot.position.get("best"))
         return target
 
     def sweep(self) -> None:
@@ -152,13 +152,13 @@ class Store:
             fix=f"free space there, then go on with --resume latest; {kept.name if kept else 'nothing'} is kept",
         )
 
-    def _prune(self, *, written: Path) -> None:
+    def _prune(self, *, written: Path, best: int | None) -> None:
         """Drop old checkpoints; `written` was just made and synced, so at least one good one remains."""
         steps = listed(self.folder)
         older = [step for step in steps if step < int(written.name.rpartition("-")[2])]
         spare = older[: max(len(older) - (self.policy.keep_last - 1), 0)]
         for step in spare:
-            if self.policy.keep_every and step % self.policy.keep_every == 0:
+            if step == best or (self.policy.keep_every and step % self.policy.keep_every == 0):
                 continue
             path = steps[step]
             trash = self.folder / f".trash-{path.name}-{uuid.uuid4().hex[:8]}"

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from gesso.config.run import Training
 from gesso.core.batch import Batch
 from gesso.core.events import StepDone, Warned
+from gesso.core.history import Measured
 from gesso.core.runtime import Runtime
 from gesso.core.seams import Emit, Stream
 from gesso.errors import NumericError
@@ -43,6 +44,8 @@ class Learner:
     """Called after each optimiser step, such as to keep the weights within bounds."""
     step: int = 0
     """Finished optimiser steps."""
+    history: list[Measured] = field(default_factory=list)
+    """What validation measured so far."""
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gesso.adapters import TOKENS, Full
 from gesso.config.run import RunConfig
+from gesso.core import history
 from gesso.core.batch import Batch
+from gesso.core.events import Component
 from gesso.core.runtime import Runtime
 from gesso.core.seams import Attached, Parts
 from gesso.errors import UserError
@@ -22,6 +25,8 @@ from gesso.training.ema import Average
 from gesso.training.loop import Learner
 from gesso.training.policy import LivePolicy
 from gesso.training.resume import OPTIMIZER
+
+_PIECE = 2**24
 
 
 @dataclass
@@ -33,6 +38,8 @@ class Session:
     adapter: Attached
     policy: LivePolicy
     learner: Learner
+    start: list[Tensor] | None
+    """The trained weights of each group before the first step, in main memory; None where they are not there."""
 
     @classmethod
     def build(cls, run: RunConfig, parts: Parts, runtime: Runtime, *, fresh: bool = True) -> Session:
@@ -48,8 +55,7 @@ class Session:
         adapter = spec.attach(
             parts, run.model, seed=run.seed, text_encoders=tuple(rates), reference=run.objective.reference
         )
-        if fresh:
-            adapter.begin()
+        known = _begin(adapter, fresh=fresh)
         if {dtype, text_type(run, runtime)} != {runtime.dtype}:
             for network in (parts.denoiser, *parts.text_encoders):
                 runtime.autocast(network)
@@ -62,7 +68,7 @@ class Session:
                 name,
                 parameters,
                 learning_rate=rate_of[part] * factor,
-                stop=None if part == denoiser else run.training.text_encoder_stop,
+                stop=run.training.text_encoder_stop if part in encoders else None,
             )
             for name, part, factor, parameters in _by_rate(adapter)
         ]
@@ -73,7 +79,8 @@ class Session:
             scaler=runtime.scaler(),
             after_step=adapter.after_step,
         )
-        return cls(run, parts, adapter, LivePolicy(run.model, parts, adapter), learner)
+        start = [group.flat.detach().to("cpu", copy=True) for group in groups] if known else None
+        return cls(run, parts, adapter, LivePolicy(run.model, parts, adapter), learner, start)
 
     def snapshot(self, identity: Mapping[str, Any]) -> Snapshot:
         """Everything a checkpoint holds."""
@@ -88,7 +95,12 @@ class Session:
             layout=self.adapter.layout(),
             optimizer=optim.state(learner.optimizer),
             average=learner.average.state() if learner.average else None,
-            position={"scaler": learner.scaler.state_dict(), "identity": dict(identity)},
+            position={
+                "scaler": learner.scaler.state_dict(),
+                "identity": dict(identity),
+                "history": history.as_json(learner.history),
+                "best": self.best_step,
+            },
         )
 
     def restore(self, saved: Snapshot) -> None:
@@ -108,6 +120,7 @@ class Session:
         if learner.scaler.is_enabled() and saved.position["scaler"]:
             learner.scaler.load_state_dict(saved.position["scaler"])
         learner.step = saved.step
+        learner.history = history.from_json(saved.position.get("history", []))
 
     def release(self) -> None:
         """Let go of the networks once training is over."""
@@ -121,10 +134,84 @@ class Session:
         with self.learner.optimizer.evaluated(), averaged, self.policy.evaluating():
             yield
 
+    @property
+    def best_step(self) -> int | None:
+        """The step to keep, by the measure that the run names; None where it names none or nothing is measured yet."""
+        metric = self.run.checkpoint.keep_best
+        found = None if metric is None else history.best([m for m in self.learner.history if m.step], metric)
+        return None if found is None else found.step
+
+    @property
+    def stalled(self) -> str:
+        """Why going on is of no use, or nothing while it is."""
+        rule = self.run.training.early_stopping
+        if rule is None:
+            return ""
+        limits = {"patience": rule.patience, "min_delta": rule.min_delta}
+        lead = history.stalled(self.learner.history, rule.metric, mode=rule.mode, **limits)  # type: ignore[arg-type]
+        if lead is None:
+            return ""
+        more = f" by more than {rule.min_delta:g}" if rule.min_delta else ""
+        return (
+            f"the validation {rule.metric} has not got better{more} than {lead.values[rule.metric]:.4g} of step "
+            f"{lead.step} in {rule.patience} measurements"
+        )
+
+    def require_measures(self, found: Collection[str]) -> None:
+        """Raise `UserError` where the run goes by a measure that validation does not have."""
+        rule = self.run.training.early_stopping
+        for key, name in (
+            ("training.early_stopping.metric", None if rule is None else rule.metric),
+            ("checkpoint.keep_best", self.run.checkpoint.keep_best),
+        ):
+            if name is not None and name not in found:
+                fix = (
+                    f"there is {', '.join(found)}" if found else "set data.validation.fraction or data.validation.path"
+                )
+                what = f"validation does not measure {name}" if found else "no images are held out to measure it on"
+                raise UserError(what, where=key, fix=fix)
+
+    def components(self) -> tuple[Component, ...]:
+        """Each part of the model, the frozen ones too."""
+        learner, found = self.learner, []
+        with learner.optimizer.evaluated():
+            parts = [group.part.partition(" ")[0] for group in learner.groups]
+            for part in dict.fromkeys([*self.run.model.part_names, *parts, "vae"]):
+                own = [i for i, name in enumerate(parts) if name == part]
+                count = sum(learner.groups[i].flat.numel() for i in own if learner.groups[i].learning_rate)
+                rate = max((learner.groups[i].learning_rate for i in own), default=0.0)
+                found.append(Component(part, count, rate, self._change(own)))
+        return tuple(found)
+
+    def _change(self, groups: Sequence[int]) -> float | None:
+        """How far some groups went from where they started, relative to it."""
+        if not groups:
+            return 0.0
+        if self.start is None:
+            return None
+        moved = before = 0.0
+        for i in groups:
+            was, now = self.start[i], self.learner.groups[i].flat.detach().cpu()
+            for old, new in zip(was.split(_PIECE), now.split(_PIECE), strict=True):
+                moved += float((new.double() - old.double()).square().sum())
+                before += float(old.double().square().sum())
+        return math.sqrt(moved / before) if before else math.inf if moved else 0.0
+
     def measure(self, batches: Sequence[Batch], runtime: Runtime) -> dict[str, float]:
         """Means of the objective's measures over held-out batches, with the weights that a checkpoint would hold."""
         with self.learner.optimizer.evaluated():
             return validation.measure(self.run.objective, self.policy, batches, runtime)
+
+
+def _begin(adapter: Attached, *, fresh: bool) -> bool:
+    """Put in place what training starts from; on going on that is only for comparison, and may be gone."""
+    try:
+        adapter.begin()
+    except UserError:
+        if fresh:
+            raise
+        return False
+    return True
 
 
 def _by_rate(adapter: Attached) -> Iterator[tuple[str, str, float, dict[str, nn.Parameter]]]:

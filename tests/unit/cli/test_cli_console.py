@@ -6,6 +6,7 @@ import pytest
 
 from gesso.cli.console import Console, Tally, duration
 from gesso.core.events import (
+    Component,
     Failed,
     Finished,
     PreviewReady,
@@ -51,7 +52,8 @@ def play(console: Console, *, steps: int = 100) -> None:
         console.handle(Saved(100, path="runs/x/checkpoint-100", seconds=0.25))
         console.handle(Validated(100, loss=0.4, samples=4, measures={"accuracy": 0.75}))
         outputs = {"checkpoint": "runs/x/checkpoint-100"}
-        console.handle(Finished(100, seconds=3725.0, peak_memory=5 * 2**30, outputs=outputs))
+        parts = (Component("unet", 1234567, 1e-4, 0.01234), Component("vae", 0, 0.0, 0.0))
+        console.handle(Finished(100, 3725.0, 5 * 2**30, outputs, reason="no gain", components=parts))
 
 
 def test_plain_lines_tell_everything_without_escape_codes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,10 +74,14 @@ def test_plain_lines_tell_everything_without_escape_codes(monkeypatch: pytest.Mo
     assert "step 100: validation loss 0.4000, accuracy 0.7500 on 4 measurements" in lines
     assert "step 50: previews: a.png, b.png" in lines
     assert "step 100: saved runs/x/checkpoint-100 in 0.2 s" in lines
+    assert "stopped early, after step 100 of 100: no gain" in lines
     end = lines[lines.index("done: 100 steps in 1:02:05, peak memory 5.0 GiB") :]
     assert end[1].startswith("  loss 1.0000 at first, 0.5")
     assert end[2:] == [
         "  validation loss 0.9000 at first, 0.4000 at last, lowest 0.3000 at step 50",
+        "  part    trained    rate  change",
+        "  unet  1,234,567  0.0001   1.23%",
+        "  vae      frozen       -       0",
         "  checkpoint: runs/x/checkpoint-100",
         'try it: gesso sample runs/x --prompt "..."',
     ]
