@@ -22,6 +22,7 @@ from gesso.core.provenance import provenance
 from gesso.core.runtime import Precision, Runtime, out_of_memory_explained
 from gesso.core.seams import Attached, Emit, Parts
 from gesso.core.signals import stop_requests
+from gesso.data.loader import HeldOut
 from gesso.errors import Interrupted, NumericError, UserError
 from gesso.evaluation import sample as sampling
 from gesso.evaluation.preview import Previewer
@@ -109,11 +110,7 @@ def _learn(
     """Run the loop with its actions; returns the last checkpoint."""
 
     def validate(step: int) -> None:
-        values = session.measure(data.held_out, runtime) if data.held_out else {}
-        session.require_measures(values)
-        if values:
-            tell(Validated.of(step, values, samples=len(data.held_out)))
-            session.learner.history.append(Measured(step, values))
+        _validate(session, data.held_out, runtime, tell)
         if step and session.best_step == step:
             save(step)
 
@@ -157,6 +154,15 @@ def _learn(
     if not last.exists():
         save(session.learner.step)
     return last
+
+
+def _validate(session: Session, held_out: HeldOut, runtime: Runtime, tell: Emit) -> None:
+    """Measure on the held-out images, if there are any, and remember it."""
+    values, step = session.measure(held_out, runtime) if held_out else {}, session.learner.step
+    session.require_measures(values)
+    if values:
+        tell(Validated.of(step, values, samples=len(held_out)))
+        session.learner.history.append(Measured(step, values))
 
 
 def _best(folder: RunFolder, step: int | None) -> dict[str, Path]:
