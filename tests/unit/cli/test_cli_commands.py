@@ -270,12 +270,14 @@ def test_export(recorded: Stages, capsys: pytest.CaptureFixture[str]) -> None:
     ((name, target, rest),) = recorded.calls
     assert (name, target) == ("export", "runs/x")
     assert rest == {
-        **{"format": "kohya", "output": None, "use_ema": False, "precision": "fp16", "hub_repo": "me/it"},
+        **{"format": "kohya", "output": None, "use_ema": False, "precision": None, "hub_repo": "me/it"},
         "device": None,
     }
     assert "file.safetensors" in capsys.readouterr().out
     assert call("export", "runs/x") == 0
     assert recorded.calls[1][2]["use_ema"] is None
+    assert call("export", "runs/x", "--precision", "bf16") == 0
+    assert recorded.calls[2][2]["precision"] == "bf16"
     assert call("export", "runs/x", "--format", "zip") == 2
 
 
