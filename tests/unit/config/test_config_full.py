@@ -67,8 +67,8 @@ def test_bf16_weights_compute_in_bf16(run: Run, precision: str) -> None:
 
 def test_bf16_weights_want_an_optimizer_that_works_number_by_number(run: Run) -> None:
     found = errors(advice.check(run({"weights": "bf16"}, optimizer={"type": "muon"})))
-    assert "muon works on whole tensors" in found["training.optimizer.type"]
-    assert "write adamw, or adapter.weights: fp32" in found["training.optimizer.type"]
+    assert "muon looks at whole tensors" in found["training.optimizer.type"]
+    assert "or adapter.weights: fp32" in found["training.optimizer.type"]
 
 
 def test_something_must_train(run: Run) -> None:
