@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gesso.adapters import AttachedTokens, Embedding, Full
+from gesso.adapters import Embedding, Full
 from gesso.config import files
 from gesso.config.run import RunConfig
 from gesso.core import checkpoints, resolve
@@ -17,6 +17,7 @@ from gesso.core.folder import WEIGHTS
 from gesso.core.runtime import Runtime
 from gesso.core.seams import Family
 from gesso.errors import UserError
+from gesso.evaluation import words
 from gesso.families import AnyFamily, lora_file, lora_names, model_folder
 from gesso.families.lora_file import LoRAFile
 
@@ -47,9 +48,7 @@ def open_pipeline(target: str, *, loras: Sequence[tuple[str, float]] = (), runti
         parts = model_folder.with_trained(family, whole, dtype=runtime.dtype, device=runtime.device)
     else:
         parts = family.load(("denoiser", "vae", "text"), dtype=runtime.dtype, device=runtime.device)
-    if run is not None and run.tokens:
-        words = AttachedTokens(run.tokens, family.add_tokens(parts, run.tokens, seed=run.seed))
-        words.restore(checkpoints.read_state(weights, words.layout()))
+    words.teach(parts, family, {} if run is None else words.of_run(run.tokens, weights), chosen)
     pipeline = family.pipeline(parts)
     stack = [*([(own, 1.0)] if own is not None else []), *zip(chosen, (w for _, w in loras), strict=True)]
     add_loras(pipeline, family, stack)

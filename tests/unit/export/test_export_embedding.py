@@ -11,7 +11,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from gesso import stages
 from gesso.errors import UserError
@@ -150,6 +150,32 @@ def test_a_lora_is_left_with_its_words_beside_and_bundled(train: Any, tiny_base:
     StableDiffusionXLPipeline.from_pretrained(tiny_base).load_lora_weights(folder / "checkpoint-2")
     with pytest.raises(UserError, match="new words"):
         stages.export(str(folder), hub_repo="me/it")
+
+
+def test_bundled_words_are_read_with_their_lora(train: Any, tiny_base: Path) -> None:
+    folder = train("pivotal")
+    bundle = str(folder / "run-bundled.safetensors")
+    (ours, _) = sampling.open_pipeline(str(folder), runtime=runtime())
+    (theirs, _) = sampling.open_pipeline(str(tiny_base), loras=[(bundle, 1.0)], runtime=runtime())
+    with torch.no_grad():
+        one, other = (p.encode_prompt(PROMPTS, do_classifier_free_guidance=False) for p in (ours, theirs))
+    assert torch.equal(one[0], other[0])
+    assert torch.equal(one[2], other[2])
+    with pytest.raises(UserError, match="the word <hat> is there twice"):
+        sampling.open_pipeline(str(folder), loras=[(bundle, 1.0)], runtime=runtime())
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "told"), [("<it>", 17, "of another kind of model"), ("<IT>", 16, "lower case only")]
+)
+def test_bundled_words_that_do_not_fit_are_told(train: Any, tiny_base: Path, name: str, width: int, told: str) -> None:
+    folder = train("pivotal")
+    tensors = load_file(folder / "run.safetensors")
+    tensors |= {f"bundle_emb.{name}.clip_l": torch.ones(1, width), f"bundle_emb.{name}.clip_g": torch.ones(1, 24)}
+    save_file(tensors, folder / "strange.safetensors")
+    with pytest.raises(UserError, match=told) as refused:
+        sampling.open_pipeline(str(tiny_base), loras=[(str(folder / "strange.safetensors"), 1.0)], runtime=runtime())
+    assert "strange.safetensors" in refused.value.where
 
 
 def test_a_file_that_reads_otherwise_is_not_kept(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
