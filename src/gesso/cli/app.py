@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from gesso import __version__
-from gesso.cli import cache, dataset, dataset_edit, dataset_pairs, dreambooth, micro, pictures, runs, system
+from gesso.cli import cache, dataset, dataset_edit, dataset_pairs, dreambooth, micro, pictures, runs, sweep, system
 from gesso.errors import Interrupted
 
 
@@ -65,6 +65,7 @@ app.command()(runs.train)
 # "train dreambooth" wins over a run file of that name, which is ./dreambooth.
 app.command("train dreambooth", context_settings={"ignore_unknown_options": True})(dreambooth.train)
 app.command("class-images")(dreambooth.class_images)
+app.command()(sweep.sweep)
 app.command()(pictures.sample)
 app.command()(pictures.export)
 app.command()(system.demo)
