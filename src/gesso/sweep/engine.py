@@ -1,4 +1,4 @@
-"""Carrying a sweep out: every run in its own folder, checked before the first one starts, resumed where it broke off."""
+"""Carrying a sweep out: each run in its own folder, checked before the first one starts, resumed where it broke off."""
 
 from __future__ import annotations
 

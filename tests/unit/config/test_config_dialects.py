@@ -182,7 +182,7 @@ def test_speed_and_text_encoder_fragments() -> None:
         (MEMORY, "training.enable_cpu_offload", "CPU offload comes in a later version"),
         (OUT_OF_MEMORY, "training.enable_cpu_offload", "CPU offload comes in a later version"),
         ("training:\n  scale_lr: true\n", "training.scale_lr", "multiply it yourself"),
-        ("training:\n  optimizer: prodigy\n", "training.optimizer", "this optimizer comes in a later version"),
+        ("training:\n  optimizer: automagic\n", "training.optimizer", "this optimizer is not there by this name"),
         ("logging:\n  report_to: comet_ml\n", "logging.report_to", "comet_ml comes in a later version"),
         ("training:\n  hub_token: hf_x\n", "training.hub_token", "a token does not belong in a file"),
     ],

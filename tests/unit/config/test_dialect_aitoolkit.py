@@ -132,7 +132,7 @@ def test_without_a_network_all_weights_train() -> None:
         (JOB.replace("job: extension", "job: extract"), "job.yaml:1: job: 'extract': only training jobs are read"),
         (JOB.replace("batch_size: 1", "bach_size: 1"), "job.yaml:19: unknown key config.process.0.train.bach_size"),
         (JOB.replace("steps: 2000", "steps: many"), "config.process.0.train.steps must be a whole number, not 'many'"),
-        (JOB.replace("optimizer: adamw8bit", "optimizer: prodigy"), "this optimizer comes in a later version"),
+        (JOB.replace("optimizer: adamw8bit", "optimizer: automagic"), "this optimizer is not there by this name"),
         (JOB.replace("type: lora,", "type: lokr,"), "only lora is there so far"),
         (JOB.replace("gradient_accumulation: 2", "gradient_accumulation: 2\n        gradient_accumulation_steps: 3"),
          "gradient_accumulation_steps is 3 but config.process.0.train.gradient_accumulation (line 21) is 2"),

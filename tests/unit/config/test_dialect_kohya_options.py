@@ -185,7 +185,7 @@ def test_options_with_a_dataset_file(tmp_path: Path) -> None:
         ('network_module = "lycoris.kohya"', "of the networks of sd-scripts only networks.lora is there"),
         ('network_args = ["conv_dmi=3"]', "unknown key network_args.conv_dmi"),
         ('network_args = ["conv_dim=3"]', "network_args.conv_dim: '3': adapters of 3 x 3 convolutions"),
-        ('optimizer_type = "Prodigy"', "optimizer_type: 'Prodigy': this optimizer comes in a later version"),
+        ('optimizer_type = "Adan"', "optimizer_type: 'Adan': this optimizer is not there by this name"),
         ('optimizer_args = ["d_coef=2"]', "optimizer_args.d_coef: '2': the optimizers here have no such setting"),
         ("v2 = true", "this is for Stable Diffusion 2"),
         ('sample_prompts = "none.txt"', "none.txt cannot be read (FileNotFoundError)"),

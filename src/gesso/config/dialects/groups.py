@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gesso.config.dialects.draft import Draft, Item, number, words
 from gesso.config.document import file_name
+from gesso.config.optimizer import KINDS
 from gesso.config.problems import range_hint, show
 
 _SCHEDULES = {
@@ -226,8 +227,9 @@ def _optimizer(draft: Draft) -> None:
     kind = "adamw"
     if item is not None:
         kind = re.sub(r"[-_]", "", str(item.value).lower())
-        if kind not in ("adam", "adamw", "adamw8bit", "muon"):
-            draft.refuse(item, "this optimizer comes in a later version", fix="write adamw, adamw8bit or muon")
+        kind = rules.OPTIMIZERS.get(kind, kind)
+        if kind != "adam" and kind not in KINDS:
+            draft.refuse(item, "this optimizer is not there by this name", fix=f"write one of {', '.join(KINDS)}")
             kind = "adamw"
         elif kind == "adam":
             draft.refuse(item, "Adam couples weight decay with the gradient", fix="write adamw")

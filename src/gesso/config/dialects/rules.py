@@ -179,3 +179,14 @@ def refused(draft: Draft, item: Item, why: str, *, off: tuple[Any, ...] = (), fi
         draft.ignore(item, f"off ({why})")
     else:
         draft.refuse(item, why, fix=fix or f"take {item.key} out of the file")
+
+
+OPTIMIZERS = {
+    "pagedadamw8bit": "paged_adamw8bit",
+    "dadaptation": "dadapt_adam",
+    "dadaptadam": "dadapt_adam",
+    "dadaptlion": "dadapt_lion",
+    "adamwschedulefree": "schedule_free",
+    "schedulefreeadamw": "schedule_free",
+}
+"""Other tools' names, without case, dashes and underscores."""
