@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from gesso.config.dialects.draft import Draft, Item, number, words
+from gesso.config.dialects.rules import OPTIMIZERS
 from gesso.config.document import file_name
 from gesso.config.optimizer import KINDS
 from gesso.config.problems import range_hint, show
@@ -227,7 +228,7 @@ def _optimizer(draft: Draft) -> None:
     kind = "adamw"
     if item is not None:
         kind = re.sub(r"[-_]", "", str(item.value).lower())
-        kind = rules.OPTIMIZERS.get(kind, kind)
+        kind = OPTIMIZERS.get(kind, kind)
         if kind != "adam" and kind not in KINDS:
             draft.refuse(item, "this optimizer is not there by this name", fix=f"write one of {', '.join(KINDS)}")
             kind = "adamw"
