@@ -252,3 +252,17 @@ class AdamW:
         mean = self._mean / (1 - self._beta1**self._steps)
         square = self._square / (1 - self._beta2**self._steps)
         self.weights = self.weights * (1 - rate * self._decay) - rate * mean / (np.sqrt(square) + self._eps)
+
+
+class Lion:
+    """The sign of a mixture of momentum and gradient (Chen et al. 2023, program 1), with decoupled decay."""
+
+    def __init__(self, weights: np.ndarray, *, beta1: float, beta2: float, decay: float) -> None:
+        self.weights = weights.astype(np.float64)
+        self._beta1, self._beta2, self._decay, self._mean = beta1, beta2, decay, np.zeros_like(self.weights)
+
+    def step(self, gradient: np.ndarray, rate: float) -> None:
+        """One update at learning rate `rate`."""
+        update = np.sign(self._beta1 * self._mean + (1 - self._beta1) * gradient)
+        self._mean = self._beta2 * self._mean + (1 - self._beta2) * gradient
+        self.weights = self.weights * (1 - rate * self._decay) - rate * update

@@ -61,6 +61,22 @@ def test_adamw_against_float64() -> None:
         assert formulas.relative_l2(flat(tensors), oracle.weights) < 1e-6
 
 
+def test_lion_against_float64() -> None:
+    """60 steps of two parts at rates of their own and a falling factor; what is remembered is the other mixture."""
+    made, parameters = groups()
+    optimizer = optim.build(Optimizer(type="lion", beta1=0.9, beta2=0.97, weight_decay=0.03), made)
+    exact = [formulas.Lion(flat(p), beta1=0.9, beta2=0.97, decay=0.03) for p in parameters]
+    for step in range(60):
+        for i, (oracle, group) in enumerate(zip(exact, made, strict=True)):
+            gradient = normal(3000 + 2 * step + i, 25)
+            group.gradient.copy_(torch.from_numpy(gradient))
+            oracle.step(gradient.astype(np.float64), group.learning_rate * (1 - step / 60))
+        optim.set_rates(optimizer, made, 1 - step / 60)
+        optimizer.step()
+    for oracle, tensors in zip(exact, parameters, strict=True):
+        assert formulas.relative_l2(flat(tensors), oracle.weights) < 1e-6
+
+
 def test_a_rate_of_zero_moves_nothing() -> None:
     made, parameters = groups(rates=(0.0, 1e-3))
     before = [flat(p) for p in parameters]
