@@ -64,6 +64,9 @@ class Source(Spec):
     is there."""
     caption_column: str | None = None
     """Column with the caption. Empty: text, prompt, caption and so on, whichever is there."""
+    weight_column: str | None = None
+    """Column of a table with the loss weight of each image, or of each pair, which is multiplied by `weight`: a number,
+    0 or more, in every row. Empty: no column is read, whatever the columns are called."""
     pairs: Literal["auto", "chosen", "none"] = "auto"
     """Pictures of which one was preferred to the other, for preference training. auto: where a table has columns chosen
     and rejected, or jpg_0, jpg_1 and label_0, or where all lies in two folders named so. chosen: of such pairs the

@@ -106,6 +106,7 @@ def held_folder(data: Data) -> list[Source]:
         "metadata": listing,
         "repeats": 1.0,
         "weight": 1.0,
+        "weight_column": None,
         "share": None,
     }
     return [first.model_copy(update=changes)]
@@ -125,12 +126,12 @@ def _bad_captions(options: Captions, one: Scan) -> list[UserError]:
 def _columns(source: Source, index: int, one: Scan) -> pa.Table:
     """A source's pictures as rows, all of them to train on."""
     table, count = one.table, one.table.num_rows
-    fixed: dict[str, Any] = {"split": "train", "weight": source.weight, "role": source.role, "source": index}
-    columns = {"id": _ids(table)}
+    fixed: dict[str, Any] = {"split": "train", "role": source.role, "source": index}
+    columns = {"id": _ids(table), "weight": pc.multiply(table.column("weight"), source.weight)}
     for field in SCHEMA:
         if field.name in fixed:
             columns[field.name] = pa.array([fixed[field.name]], _plain(field.type)).take(pa.array(np.zeros(count, int)))
-        elif field.name != "id":
+        elif field.name not in columns:
             columns[field.name] = table.column(field.name)
     return pa.table({field.name: columns[field.name].cast(_plain(field.type)) for field in SCHEMA})
 
@@ -246,7 +247,7 @@ def _distinct_ids(rows: pa.Table) -> pa.Table:
 def _ordered(rows: pa.Table, members: Sequence[int]) -> list[int]:
     def facts(i: int) -> tuple[object, ...]:
         row = rows.slice(i, 1).to_pylist()[0]
-        told = (row[name] for name in ("split", "caption", "source", "concept", "repeats", "mask_hash"))
+        told = (row[name] for name in ("split", "caption", "source", "concept", "repeats", "weight", "mask_hash"))
         return (*told, str(Place(**row["place"])))
 
     return sorted(members, key=facts)

@@ -28,7 +28,7 @@ from gesso.data.sources import Record, collect, listing_stamp
 from gesso.data.threads import ahead
 from gesso.errors import ResourceError, UserError
 
-_VERSION = 5
+_VERSION = 6
 _DIGEST = 16
 """Bytes of the checksum in front of what is remembered."""
 SCHEMA = pa.schema(
@@ -38,6 +38,7 @@ SCHEMA = pa.schema(
         ("caption", pa.string()),
         ("concept", pa.string()),
         ("repeats", pa.float64()),
+        ("weight", pa.float64()),
         ("image", pa.string()),
         ("mask_hash", pa.string()),
         ("width", pa.int32()),
@@ -105,7 +106,8 @@ def scan(
 def _row(record: Record, look: _Look) -> dict[str, Any]:
     places = {"place": record.place, "mask": record.mask, "rejected": record.rejected}
     own = {name: None if place is None else asdict(place) for name, place in places.items()}
-    return own | {"caption": record.caption, "concept": record.concept, "repeats": record.repeats} | asdict(look)
+    told = {"caption": record.caption, "concept": record.concept}
+    return own | told | {"repeats": record.repeats, "weight": record.weight} | asdict(look)
 
 
 def _look_all(

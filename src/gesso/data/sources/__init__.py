@@ -13,7 +13,7 @@ from pathlib import Path
 from gesso.config.run import Source
 from gesso.data import places
 from gesso.data.places import is_url
-from gesso.data.sources import archive, folder, hub, nothing, pairs, parquet, table, webdataset
+from gesso.data.sources import archive, folder, hub, nothing, pairs, parquet, table, webdataset, weights
 from gesso.data.sources.found import Entry, Found, Record, some
 from gesso.data.sources.local import local_tree, stamp_of_files, stamp_of_folder
 from gesso.data.sources.policy import MAX_CAPTION, records_of, with_masks
@@ -47,7 +47,9 @@ def collect(source: Source, *, index: int = 0) -> Found:
     if not entries and not found.problems:
         found.problems.append(UserError("no picture is left", where=source.path, fix="see the notices"))
     notice_hidden(source.path, found)
+    weights.check_listed(source, entries, found)
     found.records = records_of(source, index, entries, found)
+    weights.tell_zeros(source, found.records, found)
     return found
 
 

@@ -22,6 +22,8 @@ class Record(NamedTuple):
     mask: Place | None = None
     rejected: Place | None = None
     """Of a pair the picture that was not preferred."""
+    weight: float = 1.0
+    """Its own, without the source's."""
 
 
 class Entry(NamedTuple):
@@ -42,6 +44,8 @@ class Entry(NamedTuple):
     """Where there is no caption: a file of the picture's name whose ending is not read."""
     rejected: Place | None = None
     """Of a pair the picture that was not preferred."""
+    weight: float | None = None
+    """What its loss counts; None: no table says it."""
 
 
 class Dropped(NamedTuple):

@@ -13,8 +13,9 @@ from gesso.data.places import Place, cell_bytes
 from gesso.data.sources import pairs
 from gesso.data.sources.folder import caption_text
 from gesso.data.sources.found import Entry, Found, counted, listed
-from gesso.data.sources.parquet import choose_picture, pair_columns
+from gesso.data.sources.parquet import choose_picture, pair_columns, weight_column
 from gesso.data.sources.table import choose_caption
+from gesso.data.sources.weights import weight_of
 from gesso.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,19 +49,21 @@ def entries(target: str, source: Source, found: Found) -> list[Entry]:
         return _pairs(dataset, pair, url, source, found)
     image = choose_picture(dataset.features.arrow_schema, source, where)
     caption = choose_caption(dataset.column_names, source, where)
-    captions = [None] * len(dataset) if caption is None else _plain(dataset, caption)
+    weight = weight_column(dataset.features.arrow_schema, source, where)
+    captions, weights = (_plain(dataset, column) for column in (caption, weight))
     bare = _bare(dataset, image, url)
     made: list[Entry] = []
-    for row, text in enumerate(captions):
+    for row, (text, cell) in enumerate(zip(captions, weights, strict=True)):
         if row in bare:
             continue
         place = Place(url, "dataset", image, row)
         try:
             own = caption_text(text, str(place))
+            weighs = weight_of(cell, weight, str(place))
         except UserError as error:
             found.problems.append(error)
             continue
-        made.append(Entry(place.name, place, own, str(place), concept=""))
+        made.append(Entry(place.name, place, own, str(place), concept="", weight=weighs))
     if bare:
         found.problems.append(_no_pictures(bare, len(dataset), image, where))
     return made
@@ -70,13 +73,14 @@ def _pairs(dataset: datasets.Dataset, pair: pairs.Columns, url: str, source: Sou
     """The pairs of a data set. A row without one of its pictures is left out; one with a path alone is a problem."""
     where = f"{url.rpartition('#')[0]} ({source.split})"
     caption = choose_caption(dataset.column_names, source, where)
-    captions = [None] * len(dataset) if caption is None else _plain(dataset, caption)
-    labels = [None] * len(dataset) if pair.label is None else _plain(dataset, pair.label, named=False)
+    weight = weight_column(dataset.features.arrow_schema, source, where)
+    captions, weights = (_plain(dataset, column) for column in (caption, weight))
+    labels = _plain(dataset, pair.label, named=False)
     bare = {column: _bare(dataset, column, url) for column in pair[:2]}
     paths = {column: {row: path for row, path in rows.items() if path} for column, rows in bare.items()}
     found.problems += [_no_pictures(rows, len(dataset), column, where) for column, rows in paths.items() if rows]
     made: list[Entry] = []
-    for row, (text, label) in enumerate(zip(captions, labels, strict=True)):
+    for row, (text, label, cell) in enumerate(zip(captions, labels, weights, strict=True)):
         if any(row in rows for rows in paths.values()):
             continue
         first, second = (None if row in bare[column] else Place(url, "dataset", column, row) for column in pair[:2])
@@ -84,8 +88,8 @@ def _pairs(dataset: datasets.Dataset, pair: pairs.Columns, url: str, source: Sou
         try:
             two = pairs.decided(first, second, label, pair, place, found)
             if two is not None:
-                own = caption_text(text, place)
-                made.append(Entry(two[0].name, two[0], own, place, concept="", rejected=two[1]))
+                own, weighs = caption_text(text, place), weight_of(cell, weight, place)
+                made.append(Entry(two[0].name, two[0], own, place, concept="", rejected=two[1], weight=weighs))
         except UserError as error:
             found.problems.append(error)
     return made
@@ -167,10 +171,12 @@ def _undecoded(dataset: datasets.Dataset, column: str) -> Any:
     return only.cast_column(column, datasets.Image(decode=False)) if is_image else only
 
 
-def _plain(dataset: datasets.Dataset, column: str, *, named: bool = True) -> list[Any]:
-    """A column's values; those of a class label by their names."""
+def _plain(dataset: datasets.Dataset, column: str | None, *, named: bool = True) -> list[Any]:
+    """A column's values, those of a class label by their names; nothing in each row where there is no column."""
     import datasets
 
+    if column is None:
+        return [None] * len(dataset)
     feature = dataset.features[column]
     values = list(dataset.select_columns([column])[:][column])
     if named and isinstance(feature, datasets.ClassLabel):

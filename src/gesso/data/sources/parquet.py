@@ -10,7 +10,8 @@ from gesso.data.places import Place, edge, open_file
 from gesso.data.sources import pairs
 from gesso.data.sources.folder import caption_text
 from gesso.data.sources.found import Entry, Found, counted, listed
-from gesso.data.sources.table import IMAGE_COLUMNS, choose_caption
+from gesso.data.sources.table import IMAGE_COLUMNS, choose_caption, choose_weight
+from gesso.data.sources.weights import weight_of
 from gesso.errors import UserError
 
 
@@ -52,20 +53,21 @@ def _rows(url: str, source: Source, found: Found) -> Iterator[Entry]:
         return
     image, caption = choose_picture(schema, source, url), choose_caption(schema.names, source, url)
     _require_text(schema, caption, url)
+    weight = weight_column(schema, source, url)
     number, bare = 0, []
     for group in range(file.num_row_groups):
-        count = file.metadata.row_group(group).num_rows
-        captions = [None] * count
-        if caption is not None:
-            captions = file.read_row_group(group, columns=[caption]).column(caption).to_pylist()
+        captions, weights = (_cells(file, group, column) for column in (caption, weight))
         empty = _empty_cells(file, group, image)
-        for offset, text in enumerate(captions):
+        for offset, (text, cell) in enumerate(zip(captions, weights, strict=True)):
             number += 1
             if offset in empty:
                 bare.append(_bare_row(number, empty[offset]))
                 continue
             place = Place(url, "parquet", image, number - 1)
-            yield Entry(place.name, place, caption_text(text, str(place)), str(place), concept="")
+            own = caption_text(text, str(place))
+            entry = Entry(place.name, place, own, str(place), concept="")
+            if (weighed := _weighed(entry, cell, weight, found)) is not None:
+                yield weighed
     if bare:
         found.problems.append(_no_pictures(bare, number, image, url))
 
@@ -75,11 +77,13 @@ def _pairs(file: Any, pair: pairs.Columns, source: Source, url: str, found: Foun
     schema = file.schema_arrow
     caption = choose_caption(schema.names, source, url)
     _require_text(schema, caption, url)
+    weight = weight_column(schema, source, url)
     number = 0
     bare: dict[str, list[str]] = {}
     plain = [column for column in (caption, pair.label) if column is not None]
     for group in range(file.num_row_groups):
         cells = file.read_row_group(group, columns=plain)
+        weights = _cells(file, group, weight)
         empty = {column: _empty_cells(file, group, column) for column in pair[:2]}
         for offset in range(file.metadata.row_group(group).num_rows):
             number += 1
@@ -96,8 +100,26 @@ def _pairs(file: Any, pair: pairs.Columns, source: Source, url: str, found: Foun
             two = pairs.decided(first, second, label, pair, where, found)
             if two is not None:
                 text = None if caption is None else caption_text(cells.column(caption)[offset].as_py(), where)
-                yield Entry(two[0].name, two[0], text, where, concept="", rejected=two[1])
+                entry = Entry(two[0].name, two[0], text, where, concept="", rejected=two[1])
+                if (weighed := _weighed(entry, weights[offset], weight, found)) is not None:
+                    yield weighed
     found.problems += [_no_pictures(rows, number, column, url) for column, rows in bare.items()]
+
+
+def _cells(file: Any, group: int, column: str | None) -> list[Any]:
+    if column is None:
+        return [None] * file.metadata.row_group(group).num_rows
+    cells: list[Any] = file.read_row_group(group, columns=[column]).column(column).to_pylist()
+    return cells
+
+
+def _weighed(entry: Entry, cell: Any, column: str | None, found: Found) -> Entry | None:
+    """The entry with its weight; None where that is a problem, so that all such rows are named at once."""
+    try:
+        return entry._replace(weight=weight_of(cell, column, entry.where))
+    except UserError as error:
+        found.problems.append(error)
+        return None
 
 
 def pair_columns(schema: Any, source: Source, where: str) -> pairs.Columns | None:
@@ -109,6 +131,23 @@ def _require_text(schema: Any, caption: str | None, where: str) -> None:
     if caption is not None and not _is_text(schema.field(caption).type):
         what = f"the caption column '{caption}' holds {schema.field(caption).type}, not text"
         raise UserError(what, where=where, fix="name another with caption_column")
+
+
+def weight_column(schema: Any, source: Source, where: str) -> str | None:
+    """The column of weights in an Arrow schema, if the source names one; it must be able to hold numbers."""
+    import pyarrow as pa
+
+    column = choose_weight(schema.names, source, where)
+    if column is None:
+        return None
+    kind = schema.field(column).type
+    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+    is_number = pa.types.is_integer(plain) or pa.types.is_floating(plain) or pa.types.is_decimal(plain)
+    is_list = pa.types.is_list(plain) or pa.types.is_large_list(plain)
+    if is_list or not (is_number or _is_text(plain)):
+        what = f"the weight column '{column}' holds {kind}, not numbers"
+        raise UserError(what, where=where, fix="name another with weight_column")
+    return column
 
 
 def _bare_row(number: int, path: str) -> str:

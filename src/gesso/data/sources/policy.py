@@ -40,7 +40,8 @@ def records_of(source: Source, index: int, entries: Sequence[Entry], found: Foun
             found.problems.append(_bad_caption(caption, entry.where))
             continue
         repeats = source.repeats * entry.repeats
-        made.append(Record(entry.place, caption, index, concept, repeats, entry.mask, entry.rejected))
+        weight = 1.0 if entry.weight is None else entry.weight
+        made.append(Record(entry.place, caption, index, concept, repeats, entry.mask, entry.rejected, weight))
     if missing:
         _say_missing(source, index, missing, nameless, len(entries), found)
     return made

@@ -19,6 +19,7 @@ from gesso.data.sources import pairs
 from gesso.data.sources.folder import caption_text
 from gesso.data.sources.found import Entry, Found, counted, some
 from gesso.data.sources.tree import MASK, TABLE_ENDINGS, Kinds, Tree
+from gesso.data.sources.weights import weight_of
 from gesso.data.texts import decode_text
 from gesso.errors import UserError
 
@@ -89,6 +90,7 @@ def entries(source: Source, tree: Tree, file: str, found: Found, listed: set[str
         caption = choose_caption(table.columns, source, table.where)
     else:
         image, caption = choose_columns(table, source)
+    weight = choose_weight(table.columns, source, table.where)
     made = []
     for where, row in table.rows:
         try:
@@ -96,6 +98,9 @@ def entries(source: Source, tree: Tree, file: str, found: Found, listed: set[str
                 entry = _pair(row, pair, caption, where, tree, locate, found)
             else:
                 entry = _entry(row, image, caption, where, tree, locate)
+            if entry is not None and weight is not None:
+                _require(row, weight, where)
+                entry = entry._replace(weight=weight_of(row[weight], weight, where))
         except UserError as error:
             found.problems.append(error)
             continue
@@ -133,6 +138,12 @@ def choose_caption(columns: Sequence[str], source: Source, where: str) -> str | 
         what = f"no caption column ({', '.join(CAPTION_COLUMNS)}); the columns are: {', '.join(columns) or 'none'}"
         raise UserError(what, where=where, fix="name it with caption_column, or set missing_captions")
     return caption
+
+
+def choose_weight(columns: Sequence[str], source: Source, where: str) -> str | None:
+    """The column with the weight of each picture's loss; none is read unless it is named."""
+    _check_there(columns, source.weight_column, "weight_column", where)
+    return source.weight_column
 
 
 def _check_there(columns: Sequence[str], wanted: str | None, key: str, where: str) -> None:
