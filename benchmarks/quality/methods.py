@@ -187,7 +187,7 @@ class Methods(Bench):
             "adapter={rank: 16, targets: all-linear}",
             "objective={type: dpo, beta: 2000}",
             "training.learning_rate=2.0e-4",
-            "training.steps=100",
+            "training.steps=150",
             "training.ema={enabled: false}",
             "data.validation={fraction: 0.05}",
             "validation={every: 25, timesteps: 8}",

@@ -8,8 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from gesso import stages
@@ -21,7 +23,12 @@ from run_helpers import MakeRun, checkpoint_bytes
 
 METHODS: dict[str, dict[str, Any]] = {
     "denoise": {"objective": {"type": "denoise", "min_snr_gamma": 5, "noise_offset": 0.05}},
-    "dpo": {"objective": {"type": "dpo", "beta": 500}},
+    "dreambooth": {"objective": {"type": "dreambooth", "prior_weight": 0.7}},
+    "dreambooth, prior of the model": {
+        "objective": {"type": "dreambooth", "prior": "model", "class_prompt": "a photo of a thing"}
+    },
+    "dpo": {"objective": {"type": "dpo", "beta": 20}},
+    "ipo": {"objective": {"type": "dpo", "beta": 20, "variant": "ipo", "sft_weight": 0.1}},
 }
 ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {"type": "lora", "rank": 4, "alpha": 6},
@@ -48,6 +55,17 @@ def pairs(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def class_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three pictures of a class, of two shapes."""
+    folder = tmp_path_factory.mktemp("class")
+    for i, size in enumerate([(64, 64), (64, 64), (96, 64)]):
+        pixels = np.random.default_rng(50 + i).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text("a photo of a thing")
+    return folder
+
+
 class Cell(NamedTuple):
     """A combination, and how to make runs of it."""
 
@@ -61,11 +79,13 @@ class Cell(NamedTuple):
 
 
 @pytest.fixture(params=CELLS, ids=lambda cell: f"{cell[0]} x {cell[1]}")
-def cell(request: pytest.FixtureRequest, make_run: MakeRun, pairs: Path) -> Cell:
+def cell(request: pytest.FixtureRequest, make_run: MakeRun, pairs: Path, pictures: Path, class_images: Path) -> Cell:
     method, adapter = request.param
     settings: dict[str, Any] = {**METHODS[method], "adapter": ADAPTERS[adapter]}
-    if method == "dpo":
+    if METHODS[method]["objective"]["type"] == "dpo":
         settings["data__sources"] = [{"path": str(pairs)}]
+    if method == "dreambooth":
+        settings["data__sources"] = [{"path": str(pictures)}, {"path": str(class_images), "role": "prior"}]
     return Cell(method, adapter, lambda name, **more: make_run(name, **{**settings, **more}))
 
 
