@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
 from typing import Any
 
 MARKS = {"passed": "yes", "failed": "NO", "error": "NO"}
@@ -18,6 +21,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
                 held.setdefault(cell, {})[law.removeprefix("test_")] = mark
     if not held:
         return
+    if path := os.environ.get("GESSO_MATRIX_JSON"):
+        Path(path).write_text(json.dumps(held, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     laws = sorted({law for row in held.values() for law in row})
     terminalreporter.section("laws by method and adapter")
     for number, law in enumerate(laws, 1):
