@@ -97,7 +97,7 @@ class Methods(Bench):
         """The figures of every part, or of some, by name."""
         parts: dict[str, Callable[[], Figures]] = {
             "without prior": lambda: self.prior("without prior", []),
-            "with prior": lambda: self.prior("with prior", ["objective={type: dreambooth, min_snr_gamma: 5}"]),
+            "with prior": lambda: self.prior("with prior", ["objective={type: dreambooth, prior_weight: 2, min_snr_gamma: 5}"]),
             **{name: (lambda name=name: self.adapter(name)) for name in LEARNERS},
             "without a mask": lambda: self.mask("without a mask", "none"),
             "with a mask": lambda: self.mask("with a mask", "file"),
