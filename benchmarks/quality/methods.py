@@ -34,6 +34,7 @@ HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "quality.md"
 UNSEEN, PEOPLE, ORDINARY = 64, 64, 48
 CLASS_PROMPT, CLASS_IMAGES = "a photo of a person", 200
+PRESERVED = "objective={type: dreambooth, prior_weight: 2, min_snr_gamma: 5}"
 LIKED, PAIRS = "blue", 200
 """The colour that the preferred pictures have."""
 MASKED_PLACE = "red"
@@ -97,7 +98,7 @@ class Methods(Bench):
         """The figures of every part, or of some, by name."""
         parts: dict[str, Callable[[], Figures]] = {
             "without prior": lambda: self.prior("without prior", []),
-            "with prior": lambda: self.prior("with prior", ["objective={type: dreambooth, prior_weight: 2, min_snr_gamma: 5}"]),
+            "with prior": lambda: self.prior("with prior", [PRESERVED]),
             **{name: (lambda name=name: self.adapter(name)) for name in LEARNERS},
             "without a mask": lambda: self.mask("without a mask", "none"),
             "with a mask": lambda: self.mask("with a mask", "file"),
@@ -195,14 +196,12 @@ class Methods(Bench):
         before = self.kept("base-dpo", "", lambda: self.of_preference(score.open_model(self.base)))
         after = self.trained(name, [{"path": str(folder)}], sets, self.of_preference)
         wins = [0.5 if a == b else float(a) for a, b in zip(after["liked"], before["liked"], strict=True)]
-        lines = (self.folder(name) / "run" / "events.jsonl").read_text(encoding="utf-8").splitlines()
-        held_out = [e for e in map(json.loads, lines) if e["event"] == "Validated"]
         return {
             "win_rate": float(np.mean(wins)),
             "liked": [share(before["liked"]), share(after["liked"])],
             "following_fall": before["followed"] - after["followed"],
             "followed": [before["followed"], after["followed"]],
-            "held_out": [[e["step"], round(e["loss"], 4), e["measures"]] for e in held_out],
+            "held_out": after["held_out"],
             "training_seconds": after["training_seconds"],
         }
 
@@ -228,7 +227,8 @@ class Methods(Bench):
         folder = self.folder(name)
         cache = json.dumps(str(self.work / "cache"))
         text = COMMON.format(name=name.replace(",", ""), base=self.base, sources=json.dumps(sources), cache=cache)
-        output = f"output={json.dumps(str((folder / 'run').absolute()))}"
+        place = folder / f"run-{self.key(text, *sets)}"
+        output = f"output={json.dumps(str(place.absolute()))}"
         run = files.load_text(text, folder=Path.cwd(), file=name, sets=[*sets, output]).run
         saved = checkpoints.listed(run.folder) if run.folder.is_dir() else {}
         if max(saved, default=0) < (run.training.steps or 0):
@@ -237,7 +237,9 @@ class Methods(Bench):
         found = self.kept(f"after-{name}", text + "".join(sets), lambda: figures(opened(run.folder)))
         lines = (run.folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
         seconds = {e["step"]: e["seconds"] for e in map(json.loads, lines) if e["event"] == "StepDone"}
-        return {**found, "training_seconds": round(sum(seconds.values()), 1)}
+        told = [e for e in map(json.loads, lines) if e["event"] == "Validated"]
+        held_out = [[e["step"], round(e["loss"], 4), e["measures"]] for e in told]
+        return {**found, "training_seconds": round(sum(seconds.values()), 1), "held_out": held_out}
 
 
 def instance(text: str) -> str:
