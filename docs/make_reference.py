@@ -9,7 +9,7 @@ import inspect
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
@@ -113,14 +113,21 @@ def _bound(mark: Any) -> str:
             return ""
 
 
+def _bounds(mark: Any) -> Iterator[str]:
+    marks = mark.metadata if isinstance(mark, FieldInfo) else [mark]
+    return (bound for one in marks if (bound := _bound(one)))
+
+
 def _kind(annotation: Any) -> str:
     origin, inner = get_origin(annotation), [a for a in get_args(annotation) if a not in (type(None), Ellipsis)]
     if origin is Literal:
         return ", ".join(f"`{choice}`" for choice in inner)
+    if origin is Annotated:
+        return ", ".join([_kind(inner[0]), *(bound for mark in inner[1:] for bound in _bounds(mark))])
+    if origin is dict:
+        return "section with keys of its own" if inner[1] is Any else f"names, each with a {_kind(inner[1])}"
     if origin is tuple:
         return f"list of {_plural(_kind(inner[0]))}"
-    if origin is dict:
-        return "section with keys of its own"
     if origin in (Union, types.UnionType):
         return "number" if set(inner) == {int, float} else " or ".join(_kind(one) for one in inner)
     return _KINDS[annotation]
@@ -138,7 +145,7 @@ def _default(info: FieldInfo) -> str:
         default = info.default if _is_list(info) else [info.default] if several else []
         held = [f"`{_tag(type(one))}`" for one in default]
         return ", ".join(held)
-    if info.default_factory is not None or info.default is None or info.default == () or info.default == "":
+    if info.default_factory is not None or info.default is None or info.default in ((), "", {}):
         return "*empty*"
     return f"`{flow(info.default)}`"
 

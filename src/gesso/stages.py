@@ -36,7 +36,7 @@ from gesso.training import loop, optim
 from gesso.training import resume as continuity
 from gesso.training.checkpoint import Snapshot
 from gesso.training.loop import Action
-from gesso.training.session import Session, text_encoder_rates
+from gesso.training.session import Session
 
 Stopping = Callable[[], bool]
 
@@ -294,9 +294,7 @@ def export(
     if isinstance(run.adapter, Embedding):
         _refuse_lora_options(format, hub_repo, "new words alone")
     parts = run.model.load({"denoiser", "text"}, dtype=runtime.dtype, device=runtime.device)
-    rates = text_encoder_rates(run)
-    adapter = run.adapter.attach(parts, run.model, seed=run.seed, text_encoders=tuple(rates))
-    adapter.restore(checkpoints.read_state(weights, adapter.layout()))
+    adapter = sampling.attached(run, weights, parts)
     trained = _adapted(run, parts, adapter)
     del parts, adapter  # a second copy of the base model is loaded next
     runtime.release()

@@ -8,15 +8,24 @@ from pydantic import Discriminator, Tag
 
 from gesso.adapters.embedding import TOKENS, AttachedTokens, Embedding
 from gesso.adapters.full import AttachedFull, Full
+from gesso.adapters.layered import Layered
 from gesso.adapters.lora import AttachedLoRA, LoRA
+from gesso.adapters.lycoris import LoHa, LoKr
+from gesso.adapters.oft import OFT
 from gesso.core.seams import chosen_by_type
 
 AnyAdapter = Annotated[
-    Annotated[LoRA, Tag("lora")] | Annotated[Full, Tag("full")] | Annotated[Embedding, Tag("embedding")],
+    Annotated[LoRA, Tag("lora")]
+    | Annotated[LoHa, Tag("loha")]
+    | Annotated[LoKr, Tag("lokr")]
+    | Annotated[OFT, Tag("oft")]
+    | Annotated[Full, Tag("full")]
+    | Annotated[Embedding, Tag("embedding")],
     Discriminator(chosen_by_type("lora")),
 ]
 
 __all__ = [
+    "OFT",
     "TOKENS",
     "AnyAdapter",
     "AttachedFull",
@@ -24,5 +33,8 @@ __all__ = [
     "AttachedTokens",
     "Embedding",
     "Full",
+    "Layered",
+    "LoHa",
+    "LoKr",
     "LoRA",
 ]

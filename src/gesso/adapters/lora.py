@@ -1,56 +1,71 @@
-"""LoRA, thin over peft."""
+"""LoRA and DoRA, thin over peft."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from gesso.adapters import attached
+from gesso.adapters.attached import NAME, AttachedLayers
 from gesso.adapters.embedding import with_tokens
-from gesso.adapters.parts import Plain, copy_into, prefix, trained_networks
+from gesso.adapters.layered import TEXT_TARGETS, Choice, Placed, Ranked, Shape, place, whole
+from gesso.core.changes import Pair
 from gesso.core.folder import WEIGHTS
-from gesso.core.random import generator
-from gesso.core.seams import Attached, Family, Layout, Parts, Spec
+from gesso.core.seams import Attached, Family, Layout, Parts
 from gesso.core.tokens import NewTokens
 from gesso.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    import numpy as np
+    from numpy.typing import NDArray
 
-_TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
-
-class LoRA(Spec):
-    """Low-rank matrices added to linear layers: W + (alpha / rank) B A (Hu et al. 2021, arXiv:2106.09685)."""
+class LoRA(Ranked):
+    """Low-rank matrices added to layers: W + (alpha / rank) B A (Hu et al. 2021, arXiv:2106.09685)."""
 
     type: Literal["lora"] = "lora"
-    rank: int = Field(default=16, ge=1, le=4096)
-    """Width of the low-rank matrices: more can hold more, and overfits sooner. 16 to 64 for a character."""
-    alpha: float | None = Field(default=None, gt=0)
-    """Strength of the adapter is alpha / rank. Empty means alpha = rank."""
+    dora: bool = False
+    """Train the norm of each output's weights by itself (DoRA, Liu et al. 2024, arXiv:2402.09353): closer to full
+    fine-tuning at low ranks, and slower."""
+    rslora: bool = False
+    """Strength is alpha / sqrt(rank), which keeps high ranks learning (Kalajdzievski 2023, arXiv:2312.03732)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Fraction of the adapter's inputs dropped in training."""
-    targets: Literal["attention", "attention-mlp", "all-linear"] | tuple[str, ...] = "attention"
-    """Which denoiser layers: a preset, or a list of module names such as to_q or to_out.0."""
-    train_text_encoders: bool = False
-    """Also adapt the attention of the text encoders; then text embeddings are not cached."""
     tokens: NewTokens = ()
     """New words whose vectors train beside the matrices (pivotal tuning), at `training.token_learning_rate`."""
+    lora_plus_ratio: float | None = Field(default=None, gt=0)
+    """Learning rate of B over that of A (LoRA+, Hayou et al. 2024, arXiv:2402.12354); 16 is usual. Empty: the same."""
+    max_norm: float | None = Field(default=None, gt=0)
+    """Longest that a layer's change (alpha / rank) B A may be, in the Frobenius norm: after each step both matrices of
+    longer ones are scaled down. 1 is usual."""
+    init_from: str | None = None
+    """Start from the weights of this LoRA: a file or folder (diffusers' or kohya's names) or a hub id. Its layers have
+    to be among the adapted ones, and its ranks no larger than theirs."""
 
-    @property
-    def effective_alpha(self) -> float:
-        """alpha, or rank where alpha is empty."""
-        return self.alpha if self.alpha is not None else float(self.rank)
+    @model_validator(mode="after")
+    def _combinations(self) -> LoRA:
+        if self.dora and self.rank_dropout:
+            raise ValueError("rank_dropout does not go with dora: the norms would be those of other weights")
+        if self.dora and self.max_norm is not None:
+            raise ValueError("max_norm does not go with dora, which trains the norms")
+        if self.dora and self.tokens:
+            raise ValueError("tokens do not go with dora: files that hold both are read by no program")
+        return self
 
-    def summary(self) -> dict[str, str]:
-        """What a model card says of it."""
-        targets = self.targets if isinstance(self.targets, str) else ", ".join(self.targets)
-        return {"rank, alpha": f"{self.rank}, {self.effective_alpha:g}", "layers": targets}
+    def choose(self, layers: Mapping[str, Shape], family: Family) -> dict[str, Choice]:
+        """Those of the given layers that are adapted, and how; see `Layered.choose`."""
+        chosen = super().choose(layers, family)
+        if self.dora and self.dropout and (odd := [n for n in chosen if len(layers[n]) == 4]):
+            what = f"dropout does not go with dora on convolutions, such as {odd[0]}"
+            raise UserError(what, where="adapter.dropout", fix="set it to 0, or leave the convolutions out")
+        return chosen
+
+    def size(self, shape: Shape, choice: Choice) -> int:
+        """How many numbers train on a layer."""
+        return choice.rank * (math.prod(shape[1:]) + shape[0]) + shape[0] * self.dora
 
     def attach(
         self,
@@ -63,67 +78,49 @@ class LoRA(Spec):
     ) -> Attached:
         """Put adapters on the denoiser and on the text encoders with the given indices.
 
-        B starts at 0, so the networks first behave exactly as before; A is drawn from a key of (seed, layer).
-        Raises `UserError` when a target names no layer of the denoiser.
+        B starts at 0, so the networks first behave exactly as before; A is drawn from a key of (seed, layer). Raises
+        `UserError` when a target or a pattern means no layer.
         """
-        targets = family.targets(self.targets) if isinstance(self.targets, str) else list(self.targets)
-        _check_targets(parts.denoiser, targets)
-        networks = trained_networks(parts, family, text_encoders)
-        for name, network in networks.items():
-            denoiser = network is parts.denoiser
-            self._inject(network, targets if denoiser else list(_TEXT_TARGETS), f"{seed}/{name}")
-        return with_tokens(AttachedLoRA(networks), self.tokens, parts, family, seed=seed)
+        placed = place(self, parts, family, text_encoders)
+        for one in placed:
+            targets = self.names(family) if one.network is parts.denoiser else TEXT_TARGETS
+            attached.inject([one], self._config, targets=targets)
+            attached.start(one, f"{seed}/{one.part}", _draw)
+            for _, layer in attached.layers(one):
+                layer.rank_dropout, layer.module_dropout = self.rank_dropout, self.module_dropout
+                if self.dora:
+                    _take_norms(layer)
+        return with_tokens(AttachedLoRA(self, placed, family), self.tokens, parts, family, seed=seed)
 
-    def _inject(self, network: nn.Module, targets: list[str], stream: str) -> None:
-        import torch
-        from peft import LoraConfig, inject_adapter_in_model
+    def _config(self, one: Placed, names: list[str]) -> Any:
+        from peft import LoraConfig
         from torch import nn
 
+        from gesso.adapters import modules
+
+        usual = Choice(self.rank, self.effective_alpha)
+        ranks, alphas = one.patterns(usual)
         config = LoraConfig(
-            r=self.rank,
-            lora_alpha=_whole(self.effective_alpha),
+            r=usual.rank,
+            lora_alpha=whole(usual.alpha),
             lora_dropout=self.dropout,
-            target_modules=targets,
+            target_modules=names,
+            rank_pattern=ranks,
+            alpha_pattern=alphas,
+            use_rslora=self.rslora,
+            use_dora=self.dora,
             init_lora_weights=False,
         )
-        config._register_custom_module({nn.Linear: _fused_linear()})
-        training = network.training
-        inject_adapter_in_model(config, network)
-        network.train(training)  # peft's new layers would have their dropout on in any case
-        for name, layer in _lora_layers(network):
-            a, b = _matrices(layer)
-            bound = 1 / math.sqrt(a[0].numel())
-            start = generator(0, "lora init", stream, name).uniform(-bound, bound, tuple(a.shape))
-            # float32 whatever the base is: bf16 would lose every update below 1/256 of a weight.
-            a.data = torch.from_numpy(start).to(a.device, torch.float32)
-            b.data = torch.zeros_like(b, dtype=torch.float32)
+        config._register_custom_module({nn.Linear: modules.Linear, nn.Conv2d: modules.Conv2d})
+        return config
 
 
-class AttachedLoRA(Plain):
+class AttachedLoRA(AttachedLayers):
     """LoRA layers in place on a denoiser and perhaps on text encoders."""
 
-    def __init__(self, networks: Mapping[str, Any]) -> None:
-        self._networks = dict(networks)
-
-    def parameters(self) -> dict[str, dict[str, nn.Parameter]]:
-        """Trainable matrices by network, under the names that `state` uses."""
-        return {name: dict(self._named(name, network)) for name, network in self._networks.items()}
-
-    @contextmanager
-    def reference(self) -> Iterator[None]:
-        """Inside, the networks behave as before the adapter was attached; restored also after an error."""
-        layers = [layer for network in self._networks.values() for _, layer in _lora_layers(network)]
-        for layer in layers:
-            layer.enable_adapters(False)
-        try:
-            yield
-        finally:
-            for layer in layers:
-                layer.enable_adapters(True)
-
-    def state(self) -> dict[str, Tensor]:
-        """Trained float32 matrices under the names that diffusers' `load_lora_weights` reads."""
-        return {k: p.detach() for group in self.parameters().values() for k, p in group.items()}
+    def __init__(self, spec: LoRA, placed: Sequence[Placed], family: Family) -> None:
+        super().__init__(spec, placed)
+        self._lora, self._family = spec, family
 
     def layout(self) -> Layout:
         """One file, which diffusers' `load_lora_weights` reads."""
@@ -131,71 +128,93 @@ class AttachedLoRA(Plain):
 
     def metadata(self) -> dict[str, str]:
         """The safetensors header that carries rank and alpha to diffusers."""
-        flat: dict[str, Any] = {}
-        for name, network in self._networks.items():
-            config = network.peft_config["default"].to_dict()
-            del config["auto_mapping"]
-            flat |= {f"{name}.{k}": sorted(v) if isinstance(v, set) else v for k, v in config.items()}
-        return {"format": "pt", "lora_adapter_metadata": json.dumps(flat, indent=2, sort_keys=True, default=str)}
+        flat = {f"{one.part}.{k}": v for one in self._placed for k, v in attached.settings(one.network).items()}
+        return {"format": "pt", "lora_adapter_metadata": attached.to_json(flat)}
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Copy `state` back in place; raises `UserError` when names or shapes do not fit this adapter."""
-        own = {k: p for group in self.parameters().values() for k, p in group.items()}
-        fix = "use the adapter settings (rank, targets, text encoders) that it was trained with"
-        copy_into(state, own, what="the saved LoRA", fix=fix)
+    def rate_factor(self, name: str) -> float:
+        """The factor of the pattern that is found in the parameter's name, and for B that of LoRA+."""
+        own = self._lora.lora_plus_ratio if name.endswith(".lora_B.weight") else None
+        return super().rate_factor(name) * (own if own is not None else 1.0)
 
-    def _named(self, name: str, network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        start = prefix(name, network)
-        for path, layer in _lora_layers(network):
-            a, b = _matrices(layer)
-            yield f"{start}{path}.lora_A.weight", a
-            yield f"{start}{path}.lora_B.weight", b
+    def begin(self) -> None:
+        """Take over the LoRA that training starts from; raises `UserError` by layer where it does not fit."""
+        if self._lora.init_from is None:
+            return
+        networks = {one.part: one.network for one in self._placed}
+        where = "adapter.init_from"
+        changes = self._family.read_changes(self._lora.init_from, networks, key=where)
+        own = {f"{one.prefix}{path}": layer for one in self._placed for path, layer in attached.layers(one)}
+        if strange := sorted(changes.keys() - own.keys()):
+            what = f"{len(strange)} of its {len(changes)} layers are not adapted here (first: {strange[0]})"
+            raise UserError(what, where=where, fix="widen adapter.targets, or train the text encoders")
+        for name, change in changes.items():
+            _take_over(name, change, own[name], dora=self._lora.dora)
 
+    def after_step(self) -> None:
+        """Scale down what is longer than `max_norm`."""
+        import torch
 
-@cache
-def _fused_linear() -> type:
-    """peft's LoRA layer, its plain case (one active adapter, no dropout, nothing merged) in one autograd function."""
-    from peft.tuners.lora import Linear
-    from torch import nn
+        if self._lora.max_norm is None:
+            return
+        with torch.no_grad():
+            for one in self._placed:
+                for _, layer in attached.layers(one):
+                    a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
+                    rows, columns = a.flatten(1), b.flatten(1)
+                    # |B A|^2 is the sum of the elementwise product of A A' and B' B, which are r x r.
+                    square = ((rows @ rows.t()) * (columns.t() @ columns)).sum().clamp(min=0)
+                    norm = layer.scaling[NAME] * square.sqrt()
+                    factor = (self._lora.max_norm / norm).clamp(max=1).sqrt()
+                    a.mul_(factor)
+                    b.mul_(factor)
 
-    from gesso.core.fused import LoRALinear
+    @property
+    def _kind(self) -> str:
+        return "LoRA"
 
-    class FusedLinear(Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            plain = not (self.disable_adapters or self.merged or self.lora_variant) and self.active_adapters == [
-                "default"
-            ]
-            if not plain or (self.training and not isinstance(self.lora_dropout["default"], nn.Identity)):
-                return super().forward(x)
-            a, b = _matrices(self)
-            base = self.base_layer
-            return LoRALinear.apply(x, base.weight, base.bias, a, b, self.scaling["default"])
+    def _prefix(self, one: Placed) -> str:
+        return one.prefix
 
-    return FusedLinear
-
-
-def _lora_layers(network: nn.Module) -> Iterator[tuple[str, Any]]:
-    from peft.tuners.lora import LoraLayer
-
-    return ((name, module) for name, module in network.named_modules() if isinstance(module, LoraLayer))
-
-
-def _matrices(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
-    return layer.lora_A["default"].weight, layer.lora_B["default"].weight
-
-
-def _whole(alpha: float) -> float | int:
-    """peft and the files' readers expect an integer where there is one."""
-    return int(alpha) if alpha == int(alpha) else alpha
+    def _change(self, layer: Any) -> Pair:
+        norms = layer.lora_magnitude_vector[NAME].weight.detach().flatten() if self._lora.dora else None
+        a, b = layer.lora_A[NAME].weight.detach(), layer.lora_B[NAME].weight.detach()
+        return Pair(a, b, layer.scaling[NAME], norms)
 
 
-def _check_targets(denoiser: nn.Module, targets: Sequence[str]) -> None:
-    names = [name for name, _ in denoiser.named_modules()]
-    idle = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in names)]
-    if idle:
-        leaves = sorted({n.rsplit(".", 1)[-1] for n in names if n and not n.rsplit(".", 1)[-1].isdigit()})
-        raise UserError(
-            f"no layer of the denoiser is called {', '.join(idle)}",
-            where="adapter.targets",
-            fix=f"use a preset (attention, attention-mlp, all-linear) or names from: {', '.join(leaves)}",
-        )
+def _draw(role: str, shape: tuple[int, ...], numbers: np.random.Generator) -> NDArray[Any] | None:
+    if role != "lora_A.weight":
+        return None
+    bound = 1 / math.sqrt(math.prod(shape[1:]))
+    return numbers.uniform(-bound, bound, shape)
+
+
+def _take_norms(layer: Any) -> None:
+    """Set DoRA's norms to those of the weight with its LoRA, computed just as in the forward pass."""
+    import torch
+
+    norms, a, b = layer.lora_magnitude_vector[NAME], layer.lora_A[NAME], layer.lora_B[NAME]
+    weight = layer.base_layer.weight.float()
+    with torch.no_grad():
+        grown = norms.get_lora_weight(lora_A=a, lora_B=b).reshape(weight.shape)
+        norms.weight.data = norms.get_weight_norm(weight, grown, layer.scaling[NAME])
+
+
+def _take_over(name: str, change: Any, layer: Any, *, dora: bool) -> None:
+    """Put another LoRA's matrices into a layer; ranks that it lacks keep their start, at which they do nothing."""
+    import torch
+
+    a, b, where = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight, "adapter.init_from"
+    if not isinstance(change, Pair) or (change.magnitude is not None and not dora):
+        fix = "set adapter.dora: true" if change.kind == "DoRA" else "start from a LoRA"
+        raise UserError(f"{name} of it is a {change.kind}, and not a LoRA as here", where=where, fix=fix)
+    if change.rank > a.shape[0]:
+        what = f"{name} has rank {change.rank} there, and {a.shape[0]} here"
+        raise UserError(what, where=where, fix=f"set adapter.rank: {change.rank}, or an adapter.rank_pattern")
+    with torch.no_grad():
+        a[: change.rank] = change.down.to(a)
+        b[:, : change.rank] = change.up.to(b) * (change.scale / layer.scaling[NAME])
+    if dora:
+        _take_norms(layer)
+    if change.magnitude is not None:
+        norms = layer.lora_magnitude_vector[NAME].weight
+        norms.data = change.magnitude.to(norms).reshape(norms.shape)

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from gesso.adapters import Full
+from gesso.adapters import Full, Layered, LoRA
 from gesso.config import advice_images, advice_words, objective_rules, training_rules
 from gesso.config.findings import Finding
 from gesso.config.findings import error as _error
 from gesso.config.findings import warning as _warning
-from gesso.config.forecast import GIB, Counted, Forecast, Machine, forecast, full_size
+from gesso.config.forecast import GIB, Counted, Forecast, Machine, forecast, full_size, published
 from gesso.config.run import RunConfig
 from gesso.core import resolve
 from gesso.core.schedule import steps_of
@@ -138,6 +138,19 @@ def _full(run: RunConfig) -> Iterator[Finding]:
         yield _error("name", what, "choose another name")
 
 
+def _adapter(run: RunConfig) -> Iterator[Finding]:
+    adapter = run.adapter
+    if isinstance(adapter, LoRA) and adapter.init_from is not None:
+        start = Path(adapter.init_from)
+        if start.is_absolute() and not start.exists():
+            yield _error("adapter.init_from", f"there is no {start}", "name a LoRA file, or its folder")
+    if isinstance(adapter, Layered) and full_size(run):
+        try:
+            adapter.choose(published(run), run.model)
+        except UserError as error:
+            yield _error(error.where, error.what, error.fix)
+
+
 def _output(run: RunConfig) -> Iterator[Finding]:
     folder = run.folder.expanduser().absolute()
     existing = next(p for p in (folder, *folder.parents) if p.exists())
@@ -254,5 +267,5 @@ def _about_machine(run: RunConfig, numbers: Forecast, machine: Machine) -> Itera
 
 _RULES: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
     *(*advice_images.RULES, _model, _sizes, *training_rules.RULES, *advice_words.RULES),
-    *(_full, _output, _prompts, _objective, _settings),
+    *(_full, _adapter, _output, _prompts, _objective, _settings),
 )

@@ -157,14 +157,13 @@ def _absolute_paths(layers: Layers, folder: Path) -> None:
         _make_absolute(layers, source, ("data", "sources", i, "path"), folder)
     _make_absolute(layers, data.get("validation"), ("data", "validation", "path"), folder)
     _make_absolute(layers, data, ("data", "cache"), folder)
-    model = layers.data.get("model")
-    model = model if isinstance(model, dict) else {}
-    for name in ("base", "vae", "config"):
-        value = model.get(name)
-        if isinstance(value, str) and value:
-            root = _root(layers, ("model", name), folder)
+    for section, name in (("model", "base"), ("model", "vae"), ("model", "config"), ("adapter", "init_from")):
+        holder = layers.data.get(section)
+        value = holder.get(name) if isinstance(holder, dict) else None
+        if isinstance(holder, dict) and isinstance(value, str) and value:
+            root = _root(layers, (section, name), folder)
             if value.startswith(("./", "../", "~", ".\\", "..\\")) or value in (".", "..") or (root / value).exists():
-                model[name] = _absolute(root, value)
+                holder[name] = _absolute(root, value)
 
 
 def _make_absolute(layers: Layers, holder: Any, path: KeyPath, folder: Path) -> None:

@@ -11,22 +11,12 @@ from pathlib import Path
 
 from gesso.adapters import Embedding, Full, LoRA
 from gesso.config.run import RunConfig, Source
+from gesso.errors import UserError
 from gesso.objectives import DreamBooth
 
 GIB = 2**30
 IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
 
-# Parameters of a rank-1 adapter on SDXL, counted layer by layer: 10 blocks of width 640, 60 of width 1280.
-_PER_RANK = {
-    "to_q": 332_800,
-    "to_k": 392_960,
-    "to_v": 392_960,
-    "to_out.0": 332_800,
-    "attention": 1_451_520,
-    "attention-mlp": 2_659_840,
-    "all-linear": 3_100_000,
-}
-_TEXT_PER_RANK = 401_408
 _TOKEN_WIDTH = 768 + 1280
 _UNET_PARAMETERS = 2_567_000_000
 # Of these, what the targets of a full fine-tune mean.
@@ -173,20 +163,24 @@ def full_size(run: RunConfig) -> bool:
     return sum(f.stat().st_size for f in unet.glob("*.safetensors")) > GIB
 
 
-def _parameters(run: RunConfig) -> int:
+def _parameters(run: RunConfig) -> int | None:
     if isinstance(run.adapter, Full):
         return _networks(run) - _still(run)
     words = _TOKEN_WIDTH * sum(token.vectors for token in run.tokens)
     if isinstance(run.adapter, Embedding):
         return words
-    targets = run.adapter.targets
-    if isinstance(targets, str):
-        per_rank = _PER_RANK[targets]
-    else:
-        # Names that are not counted one by one are taken for all the layers there are.
-        per_rank = sum(_PER_RANK.get(name, _PER_RANK["all-linear"]) for name in targets)
-        per_rank = min(per_rank, _PER_RANK["all-linear"])
-    return run.adapter.rank * (per_rank + _TEXT_PER_RANK * run.adapter.train_text_encoders) + words
+    layers = published(run)
+    try:
+        chosen = run.adapter.choose(layers, run.model)
+    except UserError:
+        return None  # not the forecast's to report
+    return sum(run.adapter.size(layers[name], choice) for name, choice in chosen.items()) + words
+
+
+def published(run: RunConfig) -> dict[str, tuple[int, ...]]:
+    """Layers and weight shapes of the published model's networks that an adapter sits on."""
+    names = run.model.part_names if run.adapter.train_text_encoders else run.model.part_names[:1]
+    return {name: shape for name, shape in run.model.published_layers().items() if name.partition(".")[0] in names}
 
 
 def _networks(run: RunConfig) -> int:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -29,6 +30,10 @@ class Change(Protocol):
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether it can act on a weight of this shape."""
+        ...
+
+    def to(self, device: torch.device | str) -> Self:
+        """A copy on a device."""
         ...
 
     def applied(self, weight: Tensor, *, strength: float = 1.0) -> Tensor:
@@ -73,6 +78,11 @@ class Pair:
         """Whether inputs, outputs and kernel are the layer's."""
         return tuple(self.down.shape[1:]) == shape[1:] and self.up.shape[0] == shape[0]
 
+    def to(self, device: torch.device | str) -> Pair:
+        """A copy on a device."""
+        norms = None if self.magnitude is None else self.magnitude.to(device, copy=True)
+        return Pair(self.down.to(device, copy=True), self.up.to(device, copy=True), self.scale, norms)
+
     def delta(self) -> Tensor:
         """What is added to the layer's weight, float32 in its shape; the norms of DoRA come after it."""
         product = self.scale * (self.up.float().flatten(1) @ self.down.float().flatten(1))
@@ -115,6 +125,10 @@ class Hadamard:
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether both products have the weight's shape."""
         return all(_fits(shape, *self._factors(i)) for i in (1, 2))
+
+    def to(self, device: torch.device | str) -> Hadamard:
+        """A copy on a device."""
+        return Hadamard({name: tensor.to(device, copy=True) for name, tensor in self.tensors.items()}, self.scale)
 
     def applied(self, weight: Tensor, *, strength: float = 1.0) -> Tensor:
         """The weight and strength times the product."""
@@ -161,15 +175,17 @@ class Kronecker:
         outputs, inputs = first.shape[0] * second.shape[0], first.shape[1] * second[0].numel()
         return (outputs, inputs) == (shape[0], prod(shape[1:]))
 
+    def to(self, device: torch.device | str) -> Kronecker:
+        """A copy on a device."""
+        return Kronecker({name: tensor.to(device, copy=True) for name, tensor in self.tensors.items()}, self.scale)
+
     def applied(self, weight: Tensor, *, strength: float = 1.0) -> Tensor:
         """The weight and strength times the product."""
-        import torch
-
         first, second = self._whole_factors()
         if weight.ndim == 4:
             first = first[:, :, None, None]
             second = second.reshape(second.shape[0], -1, *weight.shape[2:])
-        grown = strength * self.scale * torch.kron(first, second.contiguous())
+        grown = strength * self.scale * first.kron(second.contiguous())
         return weight.float() + grown.reshape(weight.shape)
 
     def _whole_factors(self) -> tuple[Tensor, Tensor]:
@@ -193,13 +209,16 @@ class Rotation:
     @property
     def moves(self) -> bool:
         """Whether it turns anything."""
-        import torch
-
-        return not torch.equal(self.matrix.float().cpu(), torch.eye(self.matrix.shape[0]))
+        matrix = self.matrix.float()
+        return not bool((matrix == matrix.new_zeros(matrix.shape).fill_diagonal_(1)).all())
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether the layer is linear and has so many inputs."""
         return len(shape) == 2 and tuple(self.matrix.shape) == (shape[1], shape[1])
+
+    def to(self, device: torch.device | str) -> Rotation:
+        """A copy on a device."""
+        return Rotation(self.matrix.to(device, copy=True))
 
     def applied(self, weight: Tensor, *, strength: float = 1.0) -> Tensor:
         """The weight of the layer that sees turned inputs."""
@@ -209,11 +228,11 @@ class Rotation:
 
 def _product(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
     """a b, or the Tucker product of a core with them, [out, in, k, k]."""
-    import torch
-
     if core is None:
         return a.float() @ b.float()
-    return torch.einsum("ijkl,ip,jr->prkl", core.float(), a.float(), b.float())
+    rank, kernel = core.shape[1], core.shape[2:]
+    left = (a.float().t() @ core.float().flatten(1)).view(a.shape[1], rank, -1)  # [out, r, k * k]
+    return (b.float().t() @ left).view(a.shape[1], b.shape[1], *kernel)
 
 
 def _fits(shape: tuple[int, ...], a: Tensor, b: Tensor, core: Tensor | None) -> bool:

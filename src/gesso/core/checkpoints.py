@@ -87,6 +87,14 @@ def read_state(folder: Path, layout: Layout) -> dict[str, Tensor]:
     return {f"{layout.prefix(file)}{key}": t for file in layout.headers for key, t in load_file(folder / file).items()}
 
 
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """The trained tensors in a checkpoint folder, or in that of the averaged weights, by the names of `Layout`."""
+    from safetensors.torch import load_file
+
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.safetensors"))
+    return {f"{Layout.prefix(n)}{k}": t for n in names if is_weights(n) for k, t in load_file(folder / n).items()}
+
+
 def faults(path: Path) -> list[str]:
     """What is wrong with a checkpoint folder: missing, resized or altered files. Empty if it is as written."""
     if not path.is_dir():

@@ -214,6 +214,17 @@ class Family(Protocol):
         """Module names that an adapter preset means in this family's denoiser."""
         ...
 
+    def published_layers(self) -> Mapping[str, tuple[int, ...]]:
+        """Names and weight shapes of the linear layers and convolutions of the published model's networks."""
+        ...
+
+    def read_changes(self, file: str, networks: Mapping[str, Any], *, key: str) -> dict[str, Change]:
+        """What a LoRA (file, folder or hub id) does to each layer of these networks, by the layer's name in files.
+
+        `key` is for messages; a file that does not fit is a `UserError`.
+        """
+        ...
+
 
 class Adapter(Protocol):
     """What is trained: low-rank matrices, embeddings, or the whole model."""

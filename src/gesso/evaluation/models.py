@@ -8,14 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gesso.adapters import Embedding, Full
+from gesso.adapters import Full, Layered, LoRA
 from gesso.config import files
 from gesso.config.run import RunConfig
-from gesso.core import checkpoints, resolve
+from gesso.core import checkpoints
+from gesso.core.changes import Pair
 from gesso.core.checkpoints import AVERAGE, MANIFEST
 from gesso.core.folder import WEIGHTS
 from gesso.core.runtime import Runtime
-from gesso.core.seams import Family
+from gesso.core.seams import Attached, Family, Parts
 from gesso.errors import UserError
 from gesso.evaluation import words
 from gesso.families import AnyFamily, lora_file, lora_names, model_folder
@@ -30,47 +31,64 @@ def open_pipeline(target: str, *, loras: Sequence[tuple[str, float]] = (), runti
     its weight, in diffusers' or kohya's format. Raises `UserError` for anything that cannot be read, and for a LoRA
     that does not fit the model layer by layer or does nothing.
     """
-    path, whole, own, run = Path(target).expanduser(), None, None, None
+    path, weights, run = Path(target).expanduser(), Path(), None
     if _is_trained(path):
         run, weights = trained(target)
         family, base, title = run.model, run.model.base, [_title(weights)]
-        if isinstance(run.adapter, Full):
-            whole = weights
-        elif not isinstance(run.adapter, Embedding):
-            own = lora_file.read(weights / WEIGHTS)
     else:
         family, base, title = _base(target), target, []
-    chosen = [lora_file.read(_fetch(name)) for name, _ in loras]
-    for file in chosen:
-        if not any(pair.up.any() and pair.scale for pair in file.pairs.values()):
+    stack = [(lora_file.read(lora_file.fetched(name, key="--lora")), weight) for name, weight in loras]
+    for file, _ in stack:
+        if not any(change.moves for change in file.layers.values()):
             raise UserError("this LoRA changes nothing: all of its weights are 0", where=str(file.path), fix="drop it")
-    if whole is not None:
-        parts = model_folder.with_trained(family, whole, dtype=runtime.dtype, device=runtime.device)
+    if run is not None and isinstance(run.adapter, Full):
+        parts = model_folder.with_trained(family, weights, dtype=runtime.dtype, device=runtime.device)
     else:
         parts = family.load(("denoiser", "vae", "text"), dtype=runtime.dtype, device=runtime.device)
-    words.teach(parts, family, {} if run is None else words.of_run(run.tokens, weights), chosen)
+    own_words = {} if run is None else words.of_run(run.tokens, weights)
+    words.teach(parts, family, own_words, [file for file, _ in stack])
+    if run is not None and isinstance(run.adapter, LoRA) and not run.adapter.dora:
+        stack.insert(0, (lora_file.read(weights / WEIGHTS), 1.0))
+    elif run is not None and isinstance(run.adapter, Layered):
+        attached(run, weights, parts)
     pipeline = family.pipeline(parts)
-    stack = [*([(own, 1.0)] if own is not None else []), *zip(chosen, (w for _, w in loras), strict=True)]
     add_loras(pipeline, family, stack)
     label = [base, *title, *(f"{name} x {weight:g}" for name, weight in loras)]
     return pipeline, " + ".join(label)
 
 
-def add_loras(pipeline: Any, family: Family, loras: Sequence[tuple[LoRAFile, float]]) -> None:
-    """Load LoRA files into a fresh pipeline through diffusers and set their weights.
+def attached(run: RunConfig, weights: Path, parts: Parts) -> Attached:
+    """A run's adapter in place on a fresh model, with the trained tensors in `weights`."""
+    state = checkpoints.tensors(weights)
+    encoders = list(enumerate(run.model.part_names[1:]))
+    trained = tuple(i for i, name in encoders if any(key.startswith(f"{name}.") for key in state))
+    adapter = run.adapter.attach(parts, run.model, seed=run.seed, text_encoders=trained)
+    adapter.restore(state)
+    return adapter
 
-    Alpha is multiplied in first: diffusers loses it for some layouts. Raises `UserError` unless every layer of every
-    file is in place afterwards.
+
+def add_loras(pipeline: Any, family: Family, loras: Sequence[tuple[LoRAFile, float]]) -> None:
+    """Load LoRA files into a fresh pipeline and set their weights.
+
+    Plain LoRAs go through diffusers, with alpha multiplied in first, as it loses that for some layouts. DoRA, LoHa and
+    LoKr, and anything on top of a trained adapter that is in place, are merged into the weights. Raises `UserError`
+    unless every layer of every file is in place afterwards.
     """
-    if not loras:
-        return
     networks = {name: pipeline.components[name] for name in family.part_names}
     modules = lora_names.modules({n: network for n, network in networks.items() if network is not None})
-    names = [f"lora_{i}" for i in range(len(loras))]
-    for adapter, (file, _) in zip(names, loras, strict=True):
+    adapted = any(_is_adapted(network) for network in networks.values() if network is not None)
+    plain = [one for one in loras if one[0].kinds == {"LoRA"} and not adapted]
+    for file, weight in loras:
+        if all(file is not other for other, _ in plain):
+            lora_names.merge({n: v for n, v in networks.items() if v is not None}, file.match(modules), strength=weight)
+    if not plain:
+        return
+    names = [f"lora_{i}" for i in range(len(plain))]
+    for adapter, (file, _) in zip(names, plain, strict=True):
         pairs = file.match(modules)
         state: dict[str, Any] = {}
         for layer, pair in pairs.items():
+            assert isinstance(pair, Pair)
             up = pair.up if pair.scale == 1 else lora_file.folded(pair).up.to(pair.up.dtype)
             state |= {f"{layer}.lora_A.weight": pair.down, f"{layer}.lora_B.weight": up}
         with _quiet():
@@ -83,7 +101,7 @@ def add_loras(pipeline: Any, family: Family, loras: Sequence[tuple[LoRAFile, flo
                 where=str(file.path),
                 fix="update diffusers and peft",
             )
-    pipeline.set_adapters(names, [weight for _, weight in loras])
+    pipeline.set_adapters(names, [weight for _, weight in plain])
 
 
 def trained(target: str, *, use_ema: bool | None = None) -> tuple[RunConfig, Path]:
@@ -135,6 +153,11 @@ def _base(target: str) -> AnyFamily:
     return AnyFamily(base=target)
 
 
+def _is_adapted(network: Any) -> bool:
+    """Whether a trained adapter is in place already."""
+    return any(name.endswith(".base_layer") for name, _ in network.named_modules())
+
+
 def _title(folder: Path) -> str:
     """checkpoint-500, or checkpoint-500 (averaged)."""
     return f"{folder.parent.name} (averaged)" if folder.name == AVERAGE else folder.name
@@ -150,11 +173,6 @@ def _newest(run: Path) -> Path:
             fix="wait for its first checkpoint, or go on training with: gesso train --resume latest",
         )
     return path
-
-
-def _fetch(name: str) -> Path:
-    path = Path(name).expanduser()
-    return path if path.exists() else resolve.locate(name, patterns=["*.safetensors"], key="--lora")
 
 
 @contextmanager

@@ -17,12 +17,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from gesso.errors import NumericError, UserError
-from gesso.evaluation.models import open_pipeline, trained
+from gesso.evaluation.models import attached, open_pipeline, trained
 from gesso.evaluation.pictures import grid, read_settings, save_png
 
 __all__ = [
     "Embeddings",
     "Shot",
+    "attached",
     "draw",
     "encode",
     "grid",

@@ -89,15 +89,12 @@ class About:
         }
         return {f"modelspec.{key}": value for key, value in values.items() if value}
 
-    def kohya(self, *, rank: str, alpha: str) -> dict[str, str]:
-        """kohya's `ss_` header keys; all values are strings."""
+    def kohya(self, network: Mapping[str, str]) -> dict[str, str]:
+        """kohya's `ss_` header keys; all values are strings. `network` holds those that describe the adapter."""
         values = {
             "ss_v2": "False",
             "ss_base_model_version": KOHYA_BASE_VERSION.get(self.architecture, self.architecture),
-            "ss_network_module": "networks.lora",
-            "ss_network_dim": rank,
-            "ss_network_alpha": alpha,
-            "ss_network_args": "{}",
+            **network,
             "ss_output_name": self.title,
             "ss_sd_model_name": self.base_name,
             "ss_resolution": "" if self.resolution is None else str(self.resolution),

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from gesso.config.run import RunConfig
+from gesso.core.changes import Pair
 from gesso.core.folder import sync_folder, write_atomic
 from gesso.core.runtime import Precision, Runtime
 from gesso.core.seams import Attached, Cond, Family, Parts
@@ -180,8 +181,9 @@ def _text_matrices(file: Path | None) -> set[torch.dtype]:
     """The types of a LoRA's matrices on text encoders."""
     if file is None:
         return set()
-    pairs = lora.read(file).pairs
-    return {pair.up.dtype for name, pair in pairs.items() if name.startswith(("lora_te", "text_encoder"))}
+    layers = lora.read(file).layers
+    text = [change for name, change in layers.items() if name.startswith(("lora_te", "text_encoder"))]
+    return {change.up.dtype for change in text if isinstance(change, Pair)}
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, token: NewToken) -> Tensor:

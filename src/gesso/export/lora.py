@@ -1,6 +1,7 @@
-"""Trained LoRA weights -> a file for diffusers, or for kohya's tools, ComfyUI and the web UIs.
+"""Trained adapters -> a file for diffusers, or for kohya's tools, ComfyUI and the web UIs.
 
-No file reaches its place before a fresh base model has loaded it through diffusers and answered like the trained one.
+No file reaches its place before a fresh base model has loaded it and answered like the trained one: through diffusers
+where that reads the kind, and by the published formulas where it does not (LoHa, LoKr).
 """
 
 from __future__ import annotations
@@ -16,20 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from gesso.config.run import RunConfig
+from gesso.core.changes import Change, Pair, Rotation
 from gesso.core.folder import WEIGHTS, sync_folder, write_atomic
 from gesso.core.runtime import Precision, Runtime
 from gesso.core.seams import Attached, Family, Parts
 from gesso.errors import ResourceError, UserError
+from gesso.export import kohya_tensors
 from gesso.export.about import About
 from gesso.export.proof import AGREEMENT, DTYPES, Probe, deviation, probe
 from gesso.families import lora_file, lora_names
-from gesso.families.lora_file import Format, LoRAFile, Pair, read
+from gesso.families.lora_file import Format, LoRAFile, read
 
-__all__ = ["About", "Format", "LoRAFile", "Probe", "Verified", "convert", "export", "probe", "read", "verify"]
+__all__ = ["About", "Format", "LoRAFile", "Probe", "Verified", "convert", "export", "probe", "read", "taken", "verify"]
 
 _ROUNDING = {torch.float32: (1e-6, 0.0), torch.float16: (2.0**-10, 2.0**-24), torch.bfloat16: (2.0**-8, 0.0)}
 """Relative and absolute change that a cast to each dtype may bring; fp16 loses small numbers absolutely."""
@@ -51,27 +54,22 @@ class Verified:
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained LoRA away from its networks: its tensors, and how the model answered with it in place."""
+    """A trained adapter away from its networks, and how the model answered with it in place."""
 
     run: RunConfig
-    state: Mapping[str, Tensor]
-    header: Mapping[str, str]
+    file: LoRAFile
     expected: Probe
 
     @classmethod
     def of(cls, run: RunConfig, parts: Parts, adapter: Attached) -> Trained:
         """Taken from a model as it is now."""
-        layout = adapter.layout()
-        own = layout.split(adapter.state())[WEIGHTS]  # new words have files of their own
-        state = {name: tensor.to("cpu", copy=True) for name, tensor in own.items()}
-        return cls(run, state, layout.headers[WEIGHTS], probe(run.model, parts))
+        return cls(run, taken(adapter), probe(run.model, parts))
 
     def write(self, path: Path, *, format: Format, precision: Precision, runtime: Runtime) -> Verified:
         """`export` it."""
         return export(
             path,
-            self.state,
-            self.header,
+            self.file,
             format=format,
             precision=precision,
             about=About.of(self.run),
@@ -81,16 +79,23 @@ class Trained:
         )
 
     def finish(self, folder: Path, *, runtime: Runtime) -> dict[str, Path]:
-        """What a run leaves for use elsewhere, by what it is: the file for web UIs."""
+        """What a run leaves for use elsewhere, by what it is: the file for web UIs, where they read such adapters."""
+        if "OFT" in self.file.kinds:
+            return {}
         path = folder / f"{self.run.name}.safetensors"
         self.write(path, format="kohya", precision="fp16", runtime=runtime)
-        return {"LoRA": path}
+        return {" and ".join(sorted(self.file.kinds)): path}
+
+
+def taken(adapter: Attached) -> LoRAFile:
+    """What an adapter in place does, as if read from a file in diffusers' names; copied to the main memory."""
+    changes = {name: change.to("cpu") for name, change in adapter.changes().items()}
+    return LoRAFile(Path("the trained adapter"), "diffusers", changes, adapter.layout().headers.get(WEIGHTS, {}))
 
 
 def export(
     path: Path,
-    state: Mapping[str, Tensor],
-    header: Mapping[str, str],
+    trained: LoRAFile,
     *,
     format: Format,
     precision: Precision,
@@ -100,15 +105,15 @@ def export(
     runtime: Runtime,
     fold_alpha: bool = False,
 ) -> Verified:
-    """Write the trained `state` (diffusers names, with its `header`) as a LoRA file, checked before it is in place.
+    """Write a trained adapter as a LoRA file, checked before it is in place.
 
     `expected` is `probe` of the trained model, in the same runtime. `fold_alpha` multiplies alpha / rank into the
-    weights of a diffusers file, for readers that know no alpha. Raises `UserError` when the file does not load to the
-    same model (nothing is left then) and `ResourceError` when it cannot be written.
+    weights of a diffusers file, for readers that know no alpha. Raises `UserError` when the format has no names for
+    this kind of adapter or the file does not load to the same model (nothing is left then), and `ResourceError` when
+    it cannot be written.
     """
     if path.suffix != ".safetensors":
         raise UserError("a LoRA file's name must end in .safetensors", where=str(path), fix="change the output name")
-    trained = lora_file.parse(state, header, path=path)
     parts = family.load(("denoiser", "text"), dtype=runtime.dtype, device=runtime.device)
     modules = lora_names.modules(_networks(family, parts))
     tensors, metadata = convert(
@@ -138,25 +143,36 @@ def convert(
     fold_alpha: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header of a LoRA file; raises `UserError` for layers not in `modules` or numbers beyond `dtype`."""
-    pairs = trained.match(modules)
+    changes = trained.match(modules)
     header = about.modelspec()
     tensors: dict[str, Tensor] = {}
     if format == "diffusers":
-        for layer, pair in pairs.items():
-            ready = lora_file.folded(pair) if fold_alpha else pair
-            tensors[f"{layer}.lora_A.weight"] = _cast(ready.down, dtype, layer)
-            tensors[f"{layer}.lora_B.weight"] = _cast(ready.up, dtype, layer)
+        for layer, change in changes.items():
+            if not isinstance(change, Pair):
+                raise _unnamed(change, "diffusers'", "--format kohya")
+            if change.magnitude is not None and not layer.startswith("unet."):
+                raise _unnamed(change, "diffusers'", "--format kohya", of=" of text encoders")
+            ready = lora_file.folded(change) if fold_alpha else change
+            tensors |= {f"{layer}.{k}": _cast(t, dtype, layer) for k, t in kohya_tensors.diffusers(ready).items()}
         settings = trained.metadata.get("lora_adapter_metadata")
         if settings:
             header["lora_adapter_metadata"] = _without_alpha(settings) if fold_alpha else settings
         return tensors, {"format": "pt", **header}
     names = lora_names.kohya(modules)
-    for layer, pair in pairs.items():
-        tensors[f"{names[layer]}.lora_down.weight"] = _cast(pair.down, dtype, layer)
-        tensors[f"{names[layer]}.lora_up.weight"] = _cast(pair.up, dtype, layer)
-        tensors[f"{names[layer]}.alpha"] = _alpha(pair, dtype)
-    training = about.kohya(rank=_common(p.rank for p in pairs.values()), alpha=_common(p.alpha for p in pairs.values()))
+    changes = kohya_tensors.of_one_alpha(changes)
+    for layer, change in changes.items():
+        if isinstance(change, Rotation):
+            raise _unnamed(change, "kohya's", "--format merged")
+        matrices, alpha = kohya_tensors.kohya(change)
+        tensors |= {f"{names[layer]}.{k}": _cast(t, dtype, layer) for k, t in matrices.items()}
+        tensors[f"{names[layer]}.alpha"] = _alpha(alpha, dtype)
+    training = about.kohya(kohya_tensors.network(changes.values()))
     return tensors, {**training, **header, **hashes(tensors, training)}
+
+
+def _unnamed(change: Change, format: str, instead: str, *, of: str = "") -> UserError:
+    what = f"{format} format has no names for {change.kind}{of} that are read"
+    return UserError(what, where="--format", fix=f"export with {instead}")
 
 
 def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -183,23 +199,24 @@ def verify(path: Path, *, trained: LoRAFile, family: Family, fresh: Parts, expec
     Every layer must be there with its weights and strength, and embeddings and prediction must agree within what the
     dtypes allow. On any difference the file is deleted and `UserError` raised. `fresh` keeps the LoRA afterwards.
     """
-    from diffusers.utils import logging
-
     base = probe(family, fresh, cond=expected.cond)
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
     try:
-        family.pipeline(fresh).load_lora_weights(str(path), adapter_name="export")
-        loaded = _loaded(family, fresh)
         coarsest = _coarsest(path, fresh)
-        modules = lora_names.modules(_networks(family, fresh))
-        wanted = trained.match(modules)
-        # diffusers overlooks some strengths (alphas that differ between a text encoder's layers), so read it twice.
-        _compare_layers(wanted, read(path).match(modules), coarsest)
-        _compare_layers(wanted, loaded, coarsest)
+        networks = _networks(family, fresh)
+        file = read(path)
+        wanted, found = (one.match(lora_names.modules(networks)) for one in (trained, file))
+        # diffusers loses the norms of a DoRA in kohya's names.
+        if trained.kinds == {"LoRA"} or (file.kinds == {"DoRA"} and file.format == "diffusers"):
+            # It also overlooks some strengths (alphas that differ between a text encoder's layers), so read it twice.
+            _compare_layers(wanted, found, coarsest)
+            found = _through_diffusers(path, family, fresh)
+            _compare_layers(wanted, found, coarsest)
+        else:
+            _compare_weights(wanted, found, networks, AGREEMENT[coarsest[0]])
+            lora_names.merge(networks, found)
         again = probe(family, fresh, cond=expected.cond)
         report = Verified(
-            layers=len(loaded),
+            layers=len(found),
             text_error=max(deviation(again.text[k], expected.text[k]) for k in expected.text),
             error=deviation(again.prediction, expected.prediction),
             effect=deviation(base.prediction, expected.prediction),
@@ -217,8 +234,6 @@ def verify(path: Path, *, trained: LoRAFile, family: Family, fresh: Parts, expec
             where=str(path),
             fix="export in fp32 or in the other format; the checkpoint itself is untouched",
         ) from error
-    finally:
-        logging.set_verbosity(level)
     return report
 
 
@@ -242,44 +257,76 @@ def _networks(family: Family, parts: Parts) -> dict[str, Any]:
     return dict(zip(family.part_names, [parts.denoiser, *parts.text_encoders], strict=False))
 
 
-def _loaded(family: Family, parts: Parts) -> dict[str, Pair]:
-    """The LoRA layers that diffusers and peft put in place."""
+def _through_diffusers(path: Path, family: Family, parts: Parts) -> dict[str, Change]:
+    """Load a file into networks through diffusers, and read the layers that it and peft put in place."""
+    from diffusers.utils import logging
     from peft.tuners.lora import LoraLayer
 
-    found = {}
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        family.pipeline(parts).load_lora_weights(str(path), adapter_name="export")
+    finally:
+        logging.set_verbosity(level)
+    found: dict[str, Change] = {}
     for part, network in _networks(family, parts).items():
         layers: Any = network.named_modules()
-        for path, layer in layers:
+        for name, layer in layers:
             if isinstance(layer, LoraLayer) and "export" in layer.lora_A:
                 a: Any = layer.lora_A["export"]
                 b: Any = layer.lora_B["export"]
-                pair = Pair(a.weight.detach(), b.weight.detach(), layer.scaling["export"])
-                found[lora_names.canonical(part, path)] = pair
+                norms = layer.lora_magnitude_vector["export"].weight.detach() if layer.lora_magnitude_vector else None
+                pair = Pair(a.weight.detach(), b.weight.detach(), layer.scaling["export"], norms)
+                found[lora_names.canonical(part, name)] = pair
     return found
 
 
-def _compare_layers(trained: Mapping[str, Pair], loaded: Mapping[str, Pair], coarsest: list[torch.dtype]) -> None:
+def _compare_layers(trained: Mapping[str, Change], loaded: Mapping[str, Change], coarsest: list[torch.dtype]) -> None:
+    _compare_names(trained, loaded)
+    relative = sum(_ROUNDING[dtype][0] for dtype in coarsest)
+    absolute = sum(_ROUNDING[dtype][1] for dtype in coarsest)
+    for name, pair in trained.items():
+        other = loaded[name]
+        assert isinstance(pair, Pair)
+        assert isinstance(other, Pair)
+        sides = [("down", pair.down, other.down), ("up", pair.scale * pair.up.float(), other.scale * other.up.float())]
+        if pair.magnitude is not None:
+            norms = other.magnitude if other.magnitude is not None else torch.zeros(1)
+            sides.append(("norms", pair.magnitude.flatten(), norms.flatten()))
+        for side, wanted, got in sides:
+            slack = absolute * max(pair.scale, other.scale, 1.0)
+            own, theirs = wanted.float().cpu(), got.float().cpu()
+            if own.shape != theirs.shape or not torch.allclose(theirs, own, rtol=relative, atol=slack):
+                raise _Mismatch(f"the weights or the strength of {name} changed ({side})")
+
+
+def _compare_weights(
+    trained: Mapping[str, Change], loaded: Mapping[str, Change], networks: Mapping[str, Any], limit: float
+) -> None:
+    """What both make of each weight; the difference may be so large in relation to the change."""
+    _compare_names(trained, loaded)
+    for name, weight in lora_names.weights(networks).items():
+        if name not in trained:
+            continue
+        own, theirs = (changes[name].applied(weight.detach().float().cpu()) for changes in (trained, loaded))
+        change = (own - weight.detach().float().cpu()).norm()
+        if not (own - theirs).norm() <= limit * change:
+            raise _Mismatch(f"the change of {name} is another one")
+
+
+def _compare_names(trained: Mapping[str, Change], loaded: Mapping[str, Change]) -> None:
     missing, unexpected = sorted(trained.keys() - loaded.keys()), sorted(loaded.keys() - trained.keys())
     if missing or unexpected:
         raise _Mismatch(
             f"{len(missing)} layers are missing and {len(unexpected)} unexpected (first: {(missing + unexpected)[0]})"
         )
-    relative = sum(_ROUNDING[dtype][0] for dtype in coarsest)
-    absolute = sum(_ROUNDING[dtype][1] for dtype in coarsest)
-    for name, pair in trained.items():
-        other = loaded[name]
-        for side, own, strength in (("down", pair.down, (1.0, 1.0)), ("up", pair.up, (pair.scale, other.scale))):
-            theirs = other.down if side == "down" else other.up
-            wanted, got = own.float().cpu() * strength[0], theirs.float().cpu() * strength[1]
-            if not torch.allclose(got, wanted, rtol=relative, atol=absolute * max(*strength, 1.0)):
-                raise _Mismatch(f"the weights or the strength of {name} changed ({side})")
 
 
 def _coarsest(path: Path, parts: Parts) -> list[torch.dtype]:
     """The dtypes of the file and of the model it was loaded into, the coarser first."""
     assert parts.denoiser is not None
-    pairs = read(path).pairs.values()
-    dtypes = [next(iter(pairs)).up.dtype, next(parts.denoiser.parameters()).dtype]
+    largest = max(load_file(path).values(), key=lambda tensor: tensor.numel())
+    dtypes = [largest.dtype, next(parts.denoiser.parameters()).dtype]
     return sorted(dtypes, key=lambda dtype: -AGREEMENT[dtype])
 
 
@@ -293,16 +340,10 @@ def _cast(tensor: Tensor, dtype: torch.dtype, layer: str) -> Tensor:
     return cast
 
 
-def _alpha(pair: Pair, dtype: torch.dtype) -> Tensor:
+def _alpha(alpha: float, dtype: torch.dtype) -> Tensor:
     """kohya's 0-d alpha in the file's dtype, or in float32 where that would change it."""
-    exact = torch.tensor(pair.alpha, dtype=torch.float32)
+    exact = torch.tensor(alpha, dtype=torch.float32)
     return exact.to(dtype) if exact.to(dtype).float() == exact else exact
-
-
-def _common(values: Any) -> str:
-    """The one value of all layers, or kohya's word for several."""
-    found = {float(v) for v in values}
-    return f"{found.pop():g}" if len(found) == 1 else "Dynamic"
 
 
 def _without_alpha(settings: str) -> str:

@@ -1,4 +1,4 @@
-"""LoRA files of any origin -> the low-rank pairs in them, under canonical names and with their exact strength."""
+"""Adapters' files of any origin -> what they do to each layer, under canonical names and with its exact strength."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from gesso.core import resolve
+from gesso.core.changes import Change, Pair
 from gesso.errors import UserError
-from gesso.families import lora_names
+from gesso.families import layer_tensors, lora_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,83 +22,52 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 """The file name that diffusers looks for in a folder."""
 
 Format = Literal["diffusers", "kohya"]
-_DOTTED = re.compile(r"(?P<module>.+)\.(?:lora_(?P<ab>[AB])|lora(?:_linear_layer)?\.(?P<du>down|up))\.weight")
-_PROCESSOR = re.compile(r"(?P<module>.+?)(?:\.processor)?\.to_(?P<leaf>q|k|v|out)_lora\.(?P<du>down|up)\.weight")
-_FLAT = re.compile(r"(?P<module>lora_(?:unet|te|te1|te2)_[^.]+)\.lora_(?P<du>down|up)\.weight")
 _BUNDLED = "bundle_emb."
-_SIDE = {"A": "down", "B": "up", "down": "down", "up": "up"}
-_OTHER_KINDS = {
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "lora_mid": "a Tucker LoRA",
-    "oft_": "OFT",
-}
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One layer's LoRA: down [r, in, ...], up [out, r, ...]; the layer's weight grows by scale * up down."""
-
-    down: Tensor
-    up: Tensor
-    scale: float
-
-    @property
-    def rank(self) -> int:
-        """Width of the matrices."""
-        return self.down.shape[0]
-
-    @property
-    def alpha(self) -> float:
-        """The strength as files state it: scale * rank."""
-        return self.scale * self.rank
-
-    def delta(self) -> Tensor:
-        """What is added to the layer's weight, float32 in its shape."""
-        product = self.scale * (self.up.float().flatten(1) @ self.down.float().flatten(1))
-        return product.view(self.up.shape[0], *self.down.shape[1:])
 
 
 @dataclass(frozen=True)
 class LoRAFile:
-    """What a LoRA file holds; `pairs` are keyed by the file's own names for the layers."""
+    """What an adapter's file holds; `layers` are keyed by the file's own names for them."""
 
     path: Path
     format: Format
-    pairs: Mapping[str, Pair]
+    layers: Mapping[str, Change]
     metadata: Mapping[str, str]
     words: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     """Vectors [n, width] of new words that are bundled with it, by token and text encoder (clip_l, clip_g)."""
 
+    @property
+    def kinds(self) -> set[str]:
+        """LoRA, DoRA, LoHa, LoKr: what its layers are."""
+        return {change.kind for change in self.layers.values()}
+
     @cached_property
     def blocks(self) -> Literal["sgm", "diffusers", "none"]:
         """Whose names the UNet's blocks go by; "none" where the file has no UNet layers."""
-        if any(re.match(r"lora_unet_(input_blocks|middle_block|output_blocks)_", name) for name in self.pairs):
+        if any(re.match(r"lora_unet_(input_blocks|middle_block|output_blocks)_", name) for name in self.layers):
             return "sgm"
-        return "diffusers" if any(n.startswith(("lora_unet_", "unet.")) for n in self.pairs) else "none"
+        unet = ("lora_unet_", "unet.", "lycoris_")
+        return "diffusers" if any(n.startswith(unet) for n in self.layers) else "none"
 
-    def match(self, modules: lora_names.Modules) -> dict[str, Pair]:
-        """The pairs by canonical name.
+    def match(self, modules: lora_names.Modules) -> dict[str, Change]:
+        """The changes by canonical name.
 
         Raises `UserError` if any layer of the file is not in the model or has another shape there.
         """
         table = lora_names.spellings(modules)
-        strange = [name for name in self.pairs if name not in table]
+        strange = [name for name in self.layers if name not in table]
         if strange:
-            none = len(strange) == len(self.pairs)
+            none = len(strange) == len(self.layers)
             raise UserError(
-                f"{len(strange)} of the LoRA's {len(self.pairs)} layers are not in this model (first: {strange[0]})",
+                f"{len(strange)} of the LoRA's {len(self.layers)} layers are not in this model (first: {strange[0]})",
                 where=str(self.path),
                 fix="it was made for another model family" if none else "it was made for another model of this family",
             )
-        found = {table[name]: pair for name, pair in self.pairs.items()}
-        for name, pair in found.items():
-            shape, own = modules[name], (pair.up.shape[0], *pair.down.shape[1:])
-            if tuple(shape) != own or pair.up.shape[1] != pair.rank:
+        found = {table[name]: change for name, change in self.layers.items()}
+        for name, change in found.items():
+            if not change.fits(tuple(modules[name])):
                 raise UserError(
-                    f"{name} changes a weight of shape {own}, but this model's has {tuple(shape)}",
+                    f"{name} changes a weight of another shape than this model's, which has {tuple(modules[name])}",
                     where=str(self.path),
                     fix="use the base model that the LoRA was trained on",
                 )
@@ -104,10 +75,11 @@ class LoRAFile:
 
 
 def read(path: Path) -> LoRAFile:
-    """Read a LoRA from a `.safetensors` file, or from a folder that holds one, and recognise its format.
+    """Read an adapter from a `.safetensors` file, or from a folder that holds one, and recognise its format.
 
-    Known are diffusers' names (new and old) and kohya's, with SGM or diffusers block names. Raises `UserError` for a
-    file that is missing, damaged, incomplete, empty of LoRA layers, or of another kind (DoRA, LoHa, LoKr, ...).
+    Known are LoRA and DoRA by diffusers' names (new and old), and LoRA, DoRA, LoHa and LoKr by those of kohya and
+    LyCORIS, with SGM or diffusers block names. Raises `UserError` for a file that is missing, damaged, incomplete,
+    empty of such layers, or of another kind (OFT, ...).
     """
     from safetensors import SafetensorError, safe_open
 
@@ -154,34 +126,40 @@ def locate(path: Path) -> Path:
     )
 
 
+def fetched(name: str, *, key: str) -> Path:
+    """The file or folder that a name means; a hub model is fetched. `key` is for messages."""
+    path = Path(name).expanduser()
+    return path if path.exists() else resolve.locate(name, patterns=["*.safetensors"], key=key)
+
+
 def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, path: Path) -> LoRAFile:
     """Sort the tensors of a LoRA file into pairs; `path` is for messages. Raises as `read` does."""
     _check_names(tensors, path)
-    halves: dict[str, dict[str, Tensor]] = {}
-    alphas: dict[str, float] = {}
+    layers: dict[str, layer_tensors.Layer] = {}
     words: dict[str, dict[str, Tensor]] = {}
-    flat = any(key.startswith("lora_") for key in tensors)
     for key, tensor in tensors.items():
         if key.startswith(_BUNDLED):
             token, _, encoder = key.removeprefix(_BUNDLED).rpartition(".")
             words.setdefault(token, {})[encoder] = tensor
-        elif (place := _place(key)) is not None:
-            halves.setdefault(place[0], {})[place[1]] = tensor
-        else:
-            alphas[key.removesuffix(".alpha")] = float(tensor)
-    lonely = [*(m for m, h in halves.items() if len(h) < 2), *(m for m in alphas if m not in halves)]
-    if lonely or not halves:
+        elif (place := layer_tensors.place(key)) is not None:
+            layers.setdefault(place[0], layer_tensors.Layer()).put(place[1], tensor)
+    lonely = [module for module, layer in layers.items() if not layer.whole]
+    if lonely or not layers:
         raise UserError(
-            f"{lonely[0]} is incomplete: down, up or both are missing" if lonely else "the file holds no LoRA layers",
+            f"{lonely[0]} is incomplete: some of its matrices are missing"
+            if lonely
+            else "the file holds no LoRA layers",
             where=str(path),
             fix="fetch or export the file again",
         )
-    stated = {} if flat else scales({m: h["down"].shape[0] for m, h in halves.items()}, metadata, path=path)
-    pairs = {
-        m: Pair(h["down"], h["up"], alphas[m] / h["down"].shape[0] if m in alphas else stated.get(m, 1.0))
-        for m, h in halves.items()
-    }
-    return LoRAFile(path, "kohya" if flat else "diffusers", pairs, dict(metadata), words)
+    flat = any(key.startswith(("lora_", "lycoris_")) for key in tensors)
+    ranks = {m: layer.tensors["down"].shape[0] for m, layer in layers.items() if "down" in layer.tensors}
+    stated = {} if flat else scales(ranks, metadata, path=path)
+    try:
+        changes = {m: layer.change(stated.get(m, 1.0)) for m, layer in layers.items()}
+    except ValueError as error:
+        raise UserError(f"the file is {error}, which is not read", where=str(path), fix="use another LoRA") from error
+    return LoRAFile(path, "kohya" if flat else "diffusers", changes, dict(metadata), words)
 
 
 def scales(ranks: Mapping[str, int], metadata: Mapping[str, str], *, path: Path) -> dict[str, float]:
@@ -227,21 +205,6 @@ def folded(pair: Pair) -> Pair:
     return replace(pair, up=pair.up.float() * pair.scale, scale=1.0)
 
 
-def _place(key: str) -> tuple[str, str] | None:
-    """The layer and the side (down or up) that a tensor belongs to."""
-    for pattern in (_FLAT, _PROCESSOR, _DOTTED):
-        match = pattern.fullmatch(key)
-        if match is None:
-            continue
-        groups = match.groupdict()
-        module, side = groups["module"], _SIDE[groups.get("ab") or groups["du"]]
-        if leaf := groups.get("leaf"):
-            text = module.startswith("text_encoder")
-            module += "." + (f"{leaf}_proj" if text else "to_out.0" if leaf == "out" else f"to_{leaf}")
-        return module, side
-    return None
-
-
 def _pattern(patterns: Mapping[str, Any] | None, layers: Iterable[str], default: Any) -> Any:
     """peft's rule: a pattern key is a regular expression for the whole end of a module path."""
     for key, value in (patterns or {}).items():
@@ -251,20 +214,17 @@ def _pattern(patterns: Mapping[str, Any] | None, layers: Iterable[str], default:
 
 
 def _known(key: str) -> bool:
-    return key.endswith(".alpha") or key.startswith(_BUNDLED) or _place(key) is not None
+    return key.startswith(_BUNDLED) or layer_tensors.place(key) is not None
 
 
 def _check_names(keys: Collection[str], path: Path) -> None:
-    """Refuse a file with any tensor that is no part of a plain LoRA."""
+    """Refuse a file with any tensor that is no part of an adapter's layer."""
     unknown = [key for key in keys if not _known(key)]
     if not unknown:
         return
-    kinds = {kind for key in unknown for mark, kind in _OTHER_KINDS.items() if mark in key}
-    if kinds:
+    if kinds := layer_tensors.kinds(unknown):
         raise UserError(
-            f"the file is {' and '.join(sorted(kinds))}, which this version cannot load",
-            where=str(path),
-            fix="use a plain LoRA",
+            f"the file is {' and '.join(sorted(kinds))}, which is not read", where=str(path), fix="use a LoRA or LoKr"
         )
     raise UserError(
         f"{len(unknown)} of its {len(keys)} tensors are not LoRA layers (first: {unknown[0]})",

@@ -12,10 +12,11 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from gesso.core.changes import Change
 from gesso.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 Modules = Mapping[str, tuple[int, ...]]
 """Canonical name of each layer that an adapter can sit on -> the shape of its weight."""
@@ -41,14 +42,29 @@ def modules(networks: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
 
     Networks with peft adapters in place give the same answer as without.
     """
+    return {name: tuple(weight.shape) for name, weight in weights(networks).items()}
+
+
+def weights(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The weights of those layers, by canonical name."""
     from torch import nn
 
-    found = {}
+    found: dict[str, Tensor] = {}
     for part, network in networks.items():
         for path, module in network.named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d) and not re.search(r"\.lora_[AB]\.", path):
-                found[canonical(part, path.removesuffix(".base_layer"))] = tuple(module.weight.shape)
+                found[canonical(part, path.removesuffix(".base_layer"))] = module.weight
     return found
+
+
+def merge(networks: Mapping[str, nn.Module], changes: Mapping[str, Change], *, strength: float = 1.0) -> None:
+    """Put changes (by canonical name) into the weights of networks keyed by part name; adapters may be in place."""
+    import torch
+
+    with torch.no_grad():
+        for name, weight in weights(networks).items():
+            if name in changes:
+                weight.copy_(changes[name].to(weight.device).applied(weight, strength=strength))
 
 
 def canonical(part: str, path: str) -> str:
@@ -77,6 +93,8 @@ def spellings(names: Iterable[str]) -> dict[str, str]:
         table[KOHYA_PREFIX[part] + path.replace(".", "_")] = name
         if part != "unet":
             table[f"{part}.{path.removeprefix('text_model.')}"] = name
+        else:
+            table["lycoris_" + path.replace(".", "_")] = name
     return table
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -13,10 +13,11 @@ from pydantic import Field
 
 from gesso.core import resolve
 from gesso.core.batch import Geometry
+from gesso.core.changes import Change
 from gesso.core.seams import Cond, Parts, Spec
 from gesso.core.tokens import NewToken, expanded, several
 from gesso.errors import UserError
-from gesso.families import model_folder, sampler, single_file
+from gesso.families import lora_file, lora_names, model_folder, sampler, sdxl_layers, single_file
 from gesso.families.prompt_weights import emphasise, token_weights
 
 if TYPE_CHECKING:
@@ -33,16 +34,6 @@ _FOLDERS = {"denoiser": ("unet",), "vae": ("vae",), "text": ("text_encoder", "te
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
 _EMBEDDING_KEYS = ("clip_l", "clip_g")
 _CONFIGS = ["model_index.json", "scheduler/*.json", *(f"{t}/*.{end}" for t in _TOKENIZERS for end in ("json", "txt"))]
-_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-_TARGETS = {
-    "attention": _ATTENTION,
-    "attention-mlp": [*_ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"],
-    "all-linear": [
-        *_ATTENTION,
-        *("proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
-        *("time_emb_proj", "linear_1", "linear_2"),
-    ],
-}
 
 
 class SDXL(Spec):
@@ -105,7 +96,15 @@ class SDXL(Spec):
 
     def targets(self, preset: str) -> list[str]:
         """Module names that an adapter preset means in the UNet."""
-        return _TARGETS[preset]
+        return sdxl_layers.TARGETS[preset]
+
+    def published_layers(self) -> dict[str, tuple[int, ...]]:
+        """Names and weight shapes of the linear layers and convolutions of SDXL's networks."""
+        return sdxl_layers.published()
+
+    def read_changes(self, file: str, networks: Mapping[str, Any], *, key: str) -> dict[str, Change]:
+        """What a LoRA does to each layer of these networks."""
+        return lora_file.read(lora_file.fetched(file, key=key)).match(lora_names.modules(networks))
 
     # Loading
 

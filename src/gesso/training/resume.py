@@ -12,7 +12,7 @@ from gesso.errors import UserError
 _IDENTITY = ("seed", "model", "data", "adapter", "objective")
 OPTIMIZER = "training.optimizer.type"
 """What one optimiser remembers says nothing to another: going on with it in spite of that starts it afresh."""
-_HARMLESS = ("data.cache", "data.workers", "data.skip_bad")
+_HARMLESS = ("data.cache", "data.workers", "data.skip_bad", "adapter.init_from")
 
 
 @dataclass(frozen=True)

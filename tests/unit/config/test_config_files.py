@@ -188,8 +188,8 @@ schedule: 3
         "run.yaml:15: training.text_encoder_learning_rates.1 must be a number, not 'fast'",
         "run.yaml:16: unknown key learning_rate at the top level -> did you mean training.learning_rate?",
         "run.yaml:17: unknown key train_batch_size at the top level -> that is called training.batch_size here",
-        "run.yaml:19: adapter.targets must be one of attention, attention-mlp, all-linear or a list, not 'atention' "
-        "-> did you mean attention?",
+        "run.yaml:19: adapter.targets must be one of attention, attention-mlp, all-linear, all or a list, "
+        "not 'atention' -> did you mean attention?",
         "run.yaml:20: adapter.rank must be a whole number, not true",
         "run.yaml:22: preview.prompts must be a list, not 'a cat' -> write a list: ['a cat']",
         "run.yaml:25: trackers.0.type must be one of tensorboard, wandb, not 'wandbb' -> did you mean wandb?",
@@ -216,9 +216,15 @@ schedule: 3
         (MINIMAL + "  Batch-Size: 2", "write batch_size"),
         (MINIMAL + "objective: {timestep_low: 0.9, timestep_high: 0.1}", "timestep_low must be below timestep_high"),
         (MINIMAL + "preset: carácter", "there is no preset"),
-        (MINIMAL + "adapter: {type: ful}", "adapter.type must be one of lora, full, not 'ful' -> did you mean full?"),
+        (
+            MINIMAL + "adapter: {type: ful}",
+            "adapter.type must be one of lora, loha, lokr, oft, full, not 'ful' -> did you mean full?",
+        ),
         (MINIMAL + "adapter: full", "adapter must be a section with keys of its own, not 'full'"),
-        (MINIMAL + "adapter: {type: full, rank: 4}", "adapter.rank is only for type: lora -> leave it out, or write"),
+        (
+            MINIMAL + "adapter: {type: full, rank: 4}",
+            "adapter.rank is only for type: lora or loha or lokr -> leave it out, or write",
+        ),
         (MINIMAL + "adapter: {rnk: 4}", "unknown key rnk in adapter -> did you mean rank?"),
     ],
 )

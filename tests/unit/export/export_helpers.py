@@ -71,8 +71,7 @@ def export(
 ) -> Verified:
     return lora.export(
         path,
-        trained.attached.state(),
-        trained.attached.metadata(),
+        lora.taken(trained.attached),
         format=format,
         precision=precision,
         about=ABOUT,

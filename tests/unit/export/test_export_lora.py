@@ -69,8 +69,7 @@ def test_a_half_precision_model_verifies_too(base: Path, tmp_path: Path, format:
             tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
     report = lora.export(
         tmp_path / "a.safetensors",
-        attached.state(),
-        attached.metadata(),
+        lora.taken(attached),
         format=format,
         precision="fp16",
         about=ABOUT,
@@ -109,11 +108,9 @@ def test_without_text_encoders_only_the_denoiser_is_in_the_file(
     parts = Parts(denoiser=trained.parts.denoiser)  # as training leaves them when text is cached
     expected = lora.probe(trained.family, parts)
     path = tmp_path / "a.safetensors"
-    state, metadata = trained.attached.state(), trained.attached.metadata()
     report = lora.export(
         path,
-        state,
-        metadata,
+        lora.taken(trained.attached),
         format="kohya",
         precision="fp16",
         about=ABOUT,
@@ -261,7 +258,7 @@ def test_an_alpha_that_fp16_cannot_hold_is_kept_exactly(train: Callable[[LoRA], 
 
 def test_a_path_of_this_machine_never_gets_into_a_header() -> None:
     about = replace(ABOUT, base="/home/someone/models/my-sdxl")
-    said = {**about.modelspec(), **about.kohya(rank="4", alpha="4")}
+    said = {**about.modelspec(), **about.kohya({"ss_network_module": "networks.lora"})}
     assert said["ss_sd_model_name"] == "my-sdxl"
     assert not any("someone" in value for value in said.values())
     assert not about.base_on_hub

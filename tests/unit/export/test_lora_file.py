@@ -84,7 +84,7 @@ def test_strength_comes_from_the_header(tmp_path: Path) -> None:
     assert {name: p.scale for name, p in file.match(MODULES).items()} == {Q: 4.0, OUT: 0.5, TEXT: 1.0}
     settings |= {"unet.use_rslora": True}
     file = read(saved(tmp_path, tensors, {"lora_adapter_metadata": json.dumps(settings)}))
-    assert file.pairs[Q].scale == pytest.approx(8 / 2**0.5)
+    assert file.layers[Q].scale == pytest.approx(8 / 2**0.5)
 
 
 @pytest.mark.parametrize(
@@ -112,10 +112,11 @@ def test_a_convolution_keeps_its_kernel() -> None:
         ({f"{Q}.lora_A.weight": DOWN}, "incomplete"),
         ({"lora_unet_a.alpha": torch.tensor(1.0)}, "incomplete"),
         ({}, "no LoRA layers"),
-        ({**flat("lora_unet_a"), "lora_unet_a.dora_scale": UP}, "DoRA"),
-        ({"lora_unet_a.hada_w1_a": UP, "lora_unet_a.alpha": torch.tensor(1.0)}, "LoHa"),
-        ({"lora_unet_a.lokr_w1": UP}, "LoKr"),
-        ({**flat("lora_unet_a"), "lora_unet_a.lora_mid.weight": UP}, "Tucker"),
+        ({**flat("lora_unet_a"), "lora_unet_a.dora_scale": torch.ones(1, UP.shape[0])}, "norms of inputs"),
+        ({"lora_unet_a.hada_w1_a": UP, "lora_unet_a.alpha": torch.tensor(1.0)}, "incomplete"),
+        ({"lora_unet_a.lokr_w1": UP}, "incomplete"),
+        ({"lora_unet_a.lokr_w1": UP, "lora_unet_a.lokr_w2_a": UP}, "incomplete"),
+        ({"lora_unet_a.oft_blocks": UP}, "OFT"),
     ],
 )
 def test_other_files_are_refused_by_name(tmp_path: Path, tensors: dict[str, torch.Tensor], message: str) -> None:
@@ -145,7 +146,7 @@ def test_layers_that_are_not_in_the_model_are_refused(tmp_path: Path) -> None:
 
 def test_another_width_is_refused(tmp_path: Path) -> None:
     file = read(saved(tmp_path, SPELLINGS["kohya text"][0]))
-    with pytest.raises(UserError, match=r"\(6, 5\), but this model's has \(6, 7\)"):
+    with pytest.raises(UserError, match=r"another shape than this model's, which has \(6, 7\)"):
         file.match({**MODULES, TEXT: (6, 7)})
 
 
