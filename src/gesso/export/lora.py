@@ -212,7 +212,7 @@ def verify(path: Path, *, trained: LoRAFile, family: Family, fresh: Parts, expec
             found = _through_diffusers(path, family, fresh)
             _compare_layers(wanted, found, coarsest)
         else:
-            _compare_weights(wanted, found, networks, AGREEMENT[coarsest[0]])
+            _compare_weights(wanted, found, networks, coarsest[0])
             lora_names.merge(networks, found)
         again = probe(family, fresh, cond=expected.cond)
         report = Verified(
@@ -301,16 +301,18 @@ def _compare_layers(trained: Mapping[str, Change], loaded: Mapping[str, Change],
 
 
 def _compare_weights(
-    trained: Mapping[str, Change], loaded: Mapping[str, Change], networks: Mapping[str, Any], limit: float
+    trained: Mapping[str, Change], loaded: Mapping[str, Change], networks: Mapping[str, Any], coarsest: torch.dtype
 ) -> None:
-    """What both make of each weight; the difference may be so large in relation to the change."""
+    """What both make of each weight; the difference may be as large in relation to the change as the dtype allows."""
     _compare_names(trained, loaded)
     for name, weight in lora_names.weights(networks).items():
         if name not in trained:
             continue
-        own, theirs = (changes[name].applied(weight.detach().float().cpu()) for changes in (trained, loaded))
-        change = (own - weight.detach().float().cpu()).norm()
-        if not (own - theirs).norm() <= limit * change:
+        base = weight.detach().float().cpu()
+        own, theirs = (changes[name].applied(base) for changes in (trained, loaded))
+        # The norms of DoRA are those of whole weights, and so is what rounding them does.
+        rounding = _ROUNDING[coarsest][0] * own.norm() if trained[name].kind == "DoRA" else 0.0
+        if not (own - theirs).norm() <= AGREEMENT[coarsest] * (own - base).norm() + rounding:
             raise _Mismatch(f"the change of {name} is another one")
 
 

@@ -188,7 +188,7 @@ schedule: 3
         "run.yaml:15: training.text_encoder_learning_rates.1 must be a number, not 'fast'",
         "run.yaml:16: unknown key learning_rate at the top level -> did you mean training.learning_rate?",
         "run.yaml:17: unknown key train_batch_size at the top level -> that is called training.batch_size here",
-        "run.yaml:19: adapter.targets must be one of attention, attention-mlp, all-linear, all or a list, "
+        "run.yaml:19: adapter.targets must be one of all, attention, attention-mlp, all-linear or a list, "
         "not 'atention' -> did you mean attention?",
         "run.yaml:20: adapter.rank must be a whole number, not true",
         "run.yaml:22: preview.prompts must be a list, not 'a cat' -> write a list: ['a cat']",
@@ -218,7 +218,7 @@ schedule: 3
         (MINIMAL + "preset: carácter", "there is no preset"),
         (
             MINIMAL + "adapter: {type: ful}",
-            "adapter.type must be one of lora, loha, lokr, oft, full, not 'ful' -> did you mean full?",
+            "adapter.type must be one of lora, loha, lokr, oft, full, embedding, not 'ful' -> did you mean full?",
         ),
         (MINIMAL + "adapter: full", "adapter must be a section with keys of its own, not 'full'"),
         (

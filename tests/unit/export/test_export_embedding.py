@@ -139,8 +139,8 @@ def test_a_lora_is_left_with_its_words_beside_and_bundled(train: Any, tiny_base:
         "<it>": ["clip_g", "clip_l"],
         "<hat>": ["clip_g", "clip_l"],
     }
-    assert both.pairs.keys() == single.pairs.keys()
-    assert all(torch.equal(both.pairs[name].up, single.pairs[name].up) for name in single.pairs)
+    assert both.layers.keys() == single.layers.keys()
+    assert all(torch.equal(both.layers[name].up, single.layers[name].up) for name in single.layers)
     keys = load_file(folder / "run-bundled.safetensors")
     beside = load_file(folder / "embeddings" / "it.safetensors")
     assert all(torch.equal(keys[f"bundle_emb.<it>.{key}"], tensor) for key, tensor in beside.items())
