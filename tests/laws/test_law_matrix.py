@@ -41,7 +41,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "dora": {"type": "lora", "rank": 4, "alpha": 6, "dora": True},
     "loha": {"type": "loha", "rank": 4, "alpha": 6},
     "lokr": {"type": "lokr", "rank": 4, "alpha": 6},
-    "oft": {"type": "oft"},
+    "oft": {"type": "oft", "block_size": 8},
     "full": {"type": "full"},
     "full, text encoders": {"type": "full", "train_text_encoders": True},
     "new words": {"type": "embedding", "tokens": [{"token": "<new>", "initial": "thing", "vectors": 2}]},
