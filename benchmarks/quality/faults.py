@@ -62,8 +62,8 @@ ASKED = (
     Fault(
         "alpha ignored at export, kohya's format",
         "export/lora.py",
-        'tensors[f"{names[layer]}.alpha"] = _alpha(pair, dtype)',
-        'tensors[f"{names[layer]}.alpha"] = torch.tensor(float(pair.rank)).to(dtype)',
+        'tensors[f"{names[layer]}.alpha"] = _alpha(alpha, dtype)',
+        'tensors[f"{names[layer]}.alpha"] = _alpha(float(matrices["lora_down.weight"].shape[0]), dtype)',
         (STEP_FILES, *EXPORT),
     ),
     Fault(
@@ -75,9 +75,9 @@ ASKED = (
     ),
     Fault(
         "alpha ignored in checkpoints",
-        "adapters/lora.py",
+        "adapters/attached.py",
         'del config["auto_mapping"]',
-        'del config["auto_mapping"]\n            config["lora_alpha"] = config["r"]',
+        'del config["auto_mapping"]\n    config["lora_alpha"] = config["r"]',
         (
             STEP_FILES,
             f"{ORACLES}/test_oracle_lora.py::test_diffusers_loads_the_same_model",
@@ -195,9 +195,9 @@ MORE = (
     ),
     Fault(
         "LoRA scale applied twice",
-        "adapters/lora.py",
-        'a, b, self.scaling["default"])',
-        'a, b, self.scaling["default"] ** 2)',
+        "adapters/modules.py",
+        "base.bias, a, b, scale)",
+        "base.bias, a, b, scale**2)",
         (f"{ORACLES}/test_oracle_lora.py::test_one_layer_equals_the_merged_weight",),
     ),
     Fault(
@@ -209,8 +209,8 @@ MORE = (
     ),
     Fault(
         "LoRA dropout on in evaluation",
-        "adapters/lora.py",
-        "        network.train(training)  # peft's",
+        "adapters/attached.py",
+        "        one.network.train(training)  # peft's",
         "        # peft's",
         (f"{ORACLES}/test_oracle_lora.py::test_dropout_is_on_only_where_the_network_trains",),
     ),

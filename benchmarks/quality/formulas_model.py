@@ -18,6 +18,8 @@ MOMENTS = f"{SDXL}::test_moments_are_those_of_the_vae"
 POSTERIOR = f"{SDXL}::test_posterior_sample_is_that_of_diffusers"
 SCALE = f"{SDXL}::test_shift_and_scale_are_read_from_the_model"
 LORA = f"{ORACLES}_lora.py"
+ADAPTERS = f"{ORACLES}_adapters.py"
+LONGEST = f"{ADAPTERS}::test_a_change_that_is_too_long_is_scaled_down_to_the_limit_and_no_other"
 ONE_LAYER = f"{LORA}::test_one_layer_equals_the_merged_weight"
 FUSED = f"{LORA}::test_fused_layer_against_the_formula_and_plain_autograd"
 EPOCHS = "tests/unit/data/test_data_buckets.py::TestOrder::test_every_visit_once_an_epoch_in_batches_of_one_shape"
@@ -225,40 +227,38 @@ MODEL = (
     # LoRA
     Fault(
         "LoRA's strength alpha / sqrt(rank)",
-        "adapters/lora.py",
-        'self.scaling["default"])',
-        'self.scaling["default"] * self.r["default"] ** 0.5)',
+        "adapters/modules.py",
+        "base.bias, a, b, scale)",
+        "base.bias, a, b, scale * self.r[NAME] ** 0.5)",
         (ONE_LAYER,),
     ),
     Fault(
         "LoRA's matrices in the precision of the base",
-        "adapters/lora.py",
-        "a.data = torch.from_numpy(start).to(a.device, torch.float32)\n"
-        "            b.data = torch.zeros_like(b, dtype=torch.float32)",
-        "a.data = torch.from_numpy(start).to(a.device, layer.base_layer.weight.dtype)\n"
-        "            b.data = torch.zeros_like(b, dtype=layer.base_layer.weight.dtype)",
+        "adapters/attached.py",
+        "parameter.data = values.to(parameter.device, torch.float32)",
+        "parameter.data = values.to(parameter.device, layer.base_layer.weight.dtype)",
         (f"{LORA}::test_trained_matrices_are_float32_and_the_base_is_frozen",),
         known=True,
     ),
     Fault(
         "LoRA that changes the model before it is trained",
-        "adapters/lora.py",
-        "b.data = torch.zeros_like(b, dtype=torch.float32)",
-        "b.data = torch.full_like(b, 1e-3, dtype=torch.float32)",
+        "adapters/attached.py",
+        "zeros = torch.zeros(parameter.shape)",
+        "zeros = torch.full(parameter.shape, 1e-3)",
         (f"{LORA}::test_at_the_start_the_model_is_the_base_bit_for_bit",),
     ),
     Fault(
         "LoRA's start scaled by the rank instead of the width",
         "adapters/lora.py",
-        "bound = 1 / math.sqrt(a[0].numel())",
-        "bound = 1 / math.sqrt(a.shape[0])",
+        "bound = 1 / math.sqrt(math.prod(shape[1:]))",
+        "bound = 1 / math.sqrt(shape[0])",
         (f"{LORA}::test_at_the_start_the_model_is_the_base_bit_for_bit",),
     ),
     Fault(
         "the same start for every layer of LoRA",
-        "adapters/lora.py",
-        'generator(0, "lora init", stream, name)',
-        'generator(0, "lora init", stream)',
+        "adapters/attached.py",
+        "key = (stream, path) if",
+        "key = (stream,) if",
         (f"{LORA}::test_at_the_start_the_model_is_the_base_bit_for_bit",),
     ),
     Fault(
@@ -277,26 +277,84 @@ MODEL = (
     ),
     Fault(
         "the reference keeps the adapters of the text encoders",
-        "adapters/lora.py",
-        "layers = [layer for network in self._networks.values() for _, layer in _lora_layers(network)]",
-        "layers = [layer for _, layer in _lora_layers(next(iter(self._networks.values())))]",
+        "adapters/attached.py",
+        "found = [layer for one in self._placed for",
+        "found = [layer for one in self._placed[:1] for",
         (f"{LORA}::test_reference_is_the_base_bit_for_bit",),
     ),
     Fault(
         "adapters stay off after an error in the reference",
-        "adapters/lora.py",
-        "        try:\n            yield\n        finally:\n            for layer in layers:\n"
+        "adapters/attached.py",
+        "        try:\n            yield\n        finally:\n            for layer in found:\n"
         "                layer.enable_adapters(True)",
-        "        yield\n        for layer in layers:\n            layer.enable_adapters(True)",
+        "        if True:\n            yield\n        if True:\n            for layer in found:\n"
+        "                layer.enable_adapters(True)",
         (f"{LORA}::test_reference_ends_after_an_error_and_leaves_the_matrices_trainable",),
         known=True,
     ),
     Fault(
         "alpha left out of the model's own file",
         "adapters/lora.py",
-        '"lora_adapter_metadata": json.dumps(flat,',
-        '"no_adapter_metadata": json.dumps(flat,',
+        '"lora_adapter_metadata": attached.to_json(flat)',
+        '"no_adapter_metadata": attached.to_json(flat)',
         (f"{LORA}::test_diffusers_loads_the_same_model",),
         known=True,
+    ),
+    # Other adapters
+    Fault(
+        "rsLoRA's strength alpha / rank",
+        "adapters/lora.py",
+        "use_rslora=self.rslora,",
+        "use_rslora=False,",
+        (f"{ADAPTERS}::test_a_linear_layer",),
+    ),
+    Fault(
+        "LoRA+'s faster rate on A",
+        "adapters/lora.py",
+        'name.endswith(".lora_B.weight") else None',
+        'name.endswith(".lora_A.weight") else None',
+        (f"{ADAPTERS}::test_the_rate_of_b_over_that_of_a",),
+    ),
+    Fault(
+        "the longest change of a layer without its strength",
+        "adapters/lora.py",
+        "norm = layer.scaling[NAME] * square.sqrt()",
+        "norm = square.sqrt()",
+        (LONGEST,),
+    ),
+    Fault(
+        "both matrices scaled down by what their product is too long",
+        "adapters/lora.py",
+        ".clamp(max=1).sqrt()",
+        ".clamp(max=1)",
+        (LONGEST,),
+    ),
+    Fault(
+        "short changes scaled up to the longest",
+        "adapters/lora.py",
+        ".clamp(max=1).sqrt()",
+        ".sqrt()",
+        (LONGEST,),
+    ),
+    Fault(
+        "an adapted convolution without its strength",
+        "adapters/modules.py",
+        "return base(x) + self.scaling[NAME] * functional.conv2d(",
+        "return base(x) + functional.conv2d(",
+        (f"{ADAPTERS}::test_a_convolution",),
+    ),
+    Fault(
+        "dropped ranks that the others do not make up for",
+        "adapters/modules.py",
+        "inner * (kept / (1 - self.rank_dropout)).to(inner.dtype)",
+        "inner * kept.to(inner.dtype)",
+        (f"{ADAPTERS}::test_dropped_ranks_leave_the_answer_right_on_average",),
+    ),
+    Fault(
+        "the same ranks dropped for the whole batch",
+        "adapters/modules.py",
+        "shape[0], shape[dim] = inner.shape[0], inner.shape[dim]",
+        "shape[dim] = inner.shape[dim]",
+        (f"{ADAPTERS}::test_dropped_ranks_leave_the_answer_right_on_average",),
     ),
 )
