@@ -34,7 +34,8 @@ HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "quality.md"
 UNSEEN, PEOPLE, ORDINARY = 64, 64, 48
 CLASS_PROMPT, CLASS_IMAGES = "a photo of a person", 200
-PRESERVED = "objective={type: dreambooth, prior_weight: 2, min_snr_gamma: 5}"
+GENTLY = "training.learning_rate=2.0e-3"
+PRESERVED = "objective={type: dreambooth, min_snr_gamma: 5}"
 LIKED, PAIRS = "blue", 200
 """The colour that the preferred pictures have."""
 MASKED_PLACE = "red"
@@ -64,8 +65,8 @@ trackers: []
 LEARNERS: dict[str, list[str]] = {
     "lora": [],
     "dora": ["adapter={type: lora, rank: 16, targets: all-linear, dora: true}"],
-    "lokr": ["adapter={type: lokr, rank: 16, targets: all-linear}", "training.learning_rate=8.0e-3"],
-    "full": ["adapter={type: full}", "training.learning_rate=3.0e-4"],
+    "lokr": ["adapter={type: lokr, rank: 16, factor: 4, targets: all-linear}", "training.learning_rate=2.0e-2"],
+    "full": ["adapter={type: full}", "training.learning_rate=1.0e-3"],
     "textual inversion": [
         "adapter={type: embedding, tokens: [{token: <aldar>, initial: man, vectors: 4}]}",
         "training.learning_rate=2.0e-2",
@@ -97,8 +98,8 @@ class Methods(Bench):
     def measure(self, only: Sequence[str]) -> dict[str, Figures]:
         """The figures of every part, or of some, by name."""
         parts: dict[str, Callable[[], Figures]] = {
-            "without prior": lambda: self.prior("without prior", []),
-            "with prior": lambda: self.prior("with prior", [PRESERVED]),
+            "without prior": lambda: self.prior("without prior", [GENTLY]),
+            "with prior": lambda: self.prior("with prior", [GENTLY, PRESERVED]),
             **{name: (lambda name=name: self.adapter(name)) for name in LEARNERS},
             "without a mask": lambda: self.mask("without a mask", "none"),
             "with a mask": lambda: self.mask("with a mask", "file"),
@@ -112,7 +113,7 @@ class Methods(Bench):
         folder = self.folder(name)
         rows = [(scene, instance(text)) for scene, text in CHARACTER.training()]
         sources = [painted(folder / "pictures", rows)]
-        if sets:
+        if PRESERVED in sets:
             sources.append({"path": str(self.class_images()), "role": "prior"})
         figures = self.trained(name, sources, sets, lambda pipeline: self.of_prior(pipeline))
         base = self.kept("base-prior", "", lambda: self.of_prior(score.open_model(self.base)))
