@@ -169,7 +169,11 @@ def test_resumed_is_uninterrupted(cell: Cell) -> None:
 
 
 def test_a_step_may_be_split_in_any_way(cell: Cell) -> None:
-    """1 x 4, 2 x 2 and 4 x 1: gradients equal to rounding."""
+    """1 x 4, 2 x 2 and 4 x 1: gradients equal to rounding.
+
+    Of preferences the gradient is the small difference of two large ones, which leaves a digit less.
+    """
+    least = 1e-4 if cell.run("any").objective.needs == {"pair"} else 1e-5
     gradients = []
     for size in (1, 2, 4):
         one = live(cell.run(f"split-{size}", training__batch_size=size, training__accumulation=4 // size)).moved()
@@ -180,7 +184,7 @@ def test_a_step_may_be_split_in_any_way(cell: Cell) -> None:
         views = {name: g for group in groups for name, g in group.views(group.gradient.clone()).items()}
         gradients.append(torch.cat([views[name].double().flatten() for name in sorted(views)]))
     for other in gradients[1:]:
-        assert float((gradients[0] - other).norm() / gradients[0].norm()) <= 1e-5
+        assert float((gradients[0] - other).norm() / gradients[0].norm()) <= least
 
 
 def test_the_first_step_begins_at_the_base_model_and_the_reference_stays_there(cell: Cell) -> None:
