@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from gesso.adapters import Embedding, Full
+from gesso.adapters import Embedding, Full, LoRA
 from gesso.config import files
 from gesso.config.run import RunConfig
 from gesso.core import checkpoints
@@ -27,7 +27,7 @@ from gesso.errors import Interrupted, NumericError, UserError
 from gesso.evaluation import sample as sampling
 from gesso.evaluation.preview import Previewer
 from gesso.evaluation.sample import Shot
-from gesso.export import embedding, hub, lora, pipeline, single_file
+from gesso.export import embedding, hub, lora, merged, pipeline, single_file
 from gesso.export.lora import About, Format
 from gesso.prepare import Prepared, prepare
 from gesso.trackers import RunLog
@@ -254,14 +254,16 @@ def export(
     target: str,
     *,
     checkpoint: str | None = None,
-    format: Format | Literal["single-file"] = "diffusers",
+    format: Format | Literal["merged", "single-file"] = "diffusers",
     output: Path | None = None,
     use_ema: bool | None = None,
     precision: Precision | None = None,
     hub_repo: str | None = None,
     device: str | None = None,
 ) -> Path:
-    """Write what a run or checkpoint holds: a LoRA as one file, a fully trained model as a folder or as one file.
+    """Write what a run or checkpoint holds: a LoRA as one file, a whole model as a folder or as one file.
+
+    An adapter becomes a whole model with "merged" (a diffusers folder) or "single-file".
 
     Each is proven by loading it as its readers do. New words have a file each in a folder, beside the LoRA where there
     is one. `precision` empty is fp16, and fp32 for words; `use_ema` empty takes what the run samples with. With
@@ -269,12 +271,7 @@ def export(
     """
     target = target if checkpoint is None else str(checkpoints.chosen(Path(target), checkpoint))
     run, weights = sampling.trained(target, use_ema=use_ema)
-    if hub_repo is not None and run.tokens:
-        raise UserError(
-            "a card does not tell of new words so far",
-            where="--push-to-hub",
-            fix=f"export without it, then: hf upload {hub_repo} FOLDER",
-        )
+    _refuse_push(run, format, hub_repo)
     runtime = Runtime.for_inference(run.training.precision, device or run.training.device)
     checkpoint_folder = weights.parent if weights.name == AVERAGE else weights
     name = f"{run.name}-{checkpoint_folder.name}"
@@ -288,9 +285,9 @@ def export(
             path = output or checkpoint_folder.parent / name
             model.write(path, precision=precision or "fp16", runtime=runtime)
         return path
-    if format == "single-file":
-        what = "a single file holds a whole model, and this run trained a part beside it"
-        raise UserError(what, where="--format", fix="leave it out, or for a LoRA write kohya for other programs")
+    if format in ("merged", "single-file") and run.tokens:
+        what = "new words have no place in a model's own files"
+        raise UserError(what, where="--format", fix="leave it out, or write kohya for other programs")
     if isinstance(run.adapter, Embedding):
         _refuse_lora_options(format, hub_repo, "new words alone")
     parts = run.model.load({"denoiser", "text"}, dtype=runtime.dtype, device=runtime.device)
@@ -302,11 +299,30 @@ def export(
         path = output or checkpoint_folder.parent / f"{name}-embeddings"
         trained.write(path, precision=precision or "fp32", runtime=runtime)
         return path
+    if format == "merged" or format == "single-file":
+        assert isinstance(trained, lora.Trained)
+        path = output or checkpoint_folder.parent / (f"{name}-merged" + ".safetensors" * (format == "single-file"))
+        merged.write(trained, path, format=format, precision=precision or "fp16", runtime=runtime)
+        return path
     path = output or checkpoint_folder.parent / f"{name}-{format}.safetensors"
     trained.write(path, format=format, runtime=runtime, precision=precision or "fp16")
     if hub_repo is not None:
         hub.publish(path, run, about=About.of(run), repo=hub_repo)
     return path
+
+
+def _refuse_push(run: RunConfig, format: str, hub_repo: str | None) -> None:
+    if hub_repo is None or isinstance(run.adapter, Full | Embedding):
+        return
+    if run.tokens:
+        raise UserError(
+            "a card does not tell of new words so far",
+            where="--push-to-hub",
+            fix=f"export without it, then: hf upload {hub_repo} FOLDER",
+        )
+    if format in ("merged", "single-file") or not isinstance(run.adapter, LoRA):
+        what = "only LoRA files are pushed with a card so far"
+        raise UserError(what, where="--push-to-hub", fix=f"export without it, then: hf upload {hub_repo} FILE")
 
 
 def _refuse_lora_options(format: str, hub_repo: str | None, trained: str) -> None:

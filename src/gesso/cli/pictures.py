@@ -69,7 +69,8 @@ def export(
         str,
         typer.Option(
             "--format",
-            help="diffusers; for other programs kohya of a LoRA, single-file of a whole model.",
+            help="diffusers; for other programs kohya of an adapter, single-file of a whole model; merged, and "
+            "single-file of an adapter, put it into its base model.",
         ),
     ] = "diffusers",
     output: Annotated[
@@ -87,14 +88,14 @@ def export(
     device: Annotated[str | None, typer.Option("--device", help="Where it is verified.")] = None,
 ) -> None:
     """Write what was trained: a LoRA as a file, a full fine-tune as either, new words as a folder. Verified."""
-    _one_of("--format", file_format, ("diffusers", "kohya", "single-file"))
+    _one_of("--format", file_format, ("diffusers", "kohya", "merged", "single-file"))
     chosen = precision_named(precision) if precision is not None else None
     from gesso import stages
 
     path = stages.export(
         target,
         checkpoint=checkpoint,
-        format=cast(Literal["diffusers", "kohya", "single-file"], file_format),
+        format=cast(Literal["diffusers", "kohya", "merged", "single-file"], file_format),
         output=output,
         use_ema=ema,
         precision=chosen,

@@ -141,7 +141,7 @@ def carry_out(
     accept: Sequence[str] = (),
 ) -> None:
     """Look a run over, train it, and push the result if that is asked for."""
-    from gesso.adapters import Full
+    from gesso.adapters import LoRA
 
     report = loaded.report
     resume = resume or (report.resume if report is not None else None)
@@ -149,8 +149,8 @@ def carry_out(
     if push and hub_repo is None:
         raise UserError("no hub repository is named", where="--push-to-hub", fix="add --hub-model-id NAME/REPOSITORY")
     show.report(report)
-    if hub_repo is not None and isinstance(loaded.run.adapter, Full):
-        what = "only LoRA files are pushed to the hub so far, and this run trains the whole model"
+    if hub_repo is not None and not isinstance(loaded.run.adapter, LoRA):
+        what = "only LoRA files are pushed to the hub so far, and this run trains something else"
         raise UserError(what, where=hub_repo, fix=f"train without it, then: hf upload {hub_repo} FOLDER")
     found, _ = _looked_over(loaded)
     found.require(loaded.origins)

@@ -139,6 +139,9 @@ def _full(run: RunConfig) -> Iterator[Finding]:
 
 
 def _adapter(run: RunConfig) -> Iterator[Finding]:
+    for i, fused in enumerate(run.model.fuse):
+        if Path(fused.path).is_absolute() and not Path(fused.path).exists():
+            yield _error(f"model.fuse.{i}.path", f"there is no {fused.path}", "name a LoRA file, or its folder")
     adapter = run.adapter
     if isinstance(adapter, LoRA) and adapter.init_from is not None:
         start = Path(adapter.init_from)

@@ -157,13 +157,23 @@ def _absolute_paths(layers: Layers, folder: Path) -> None:
         _make_absolute(layers, source, ("data", "sources", i, "path"), folder)
     _make_absolute(layers, data.get("validation"), ("data", "validation", "path"), folder)
     _make_absolute(layers, data, ("data", "cache"), folder)
-    for section, name in (("model", "base"), ("model", "vae"), ("model", "config"), ("adapter", "init_from")):
-        holder = layers.data.get(section)
-        value = holder.get(name) if isinstance(holder, dict) else None
-        if isinstance(holder, dict) and isinstance(value, str) and value:
-            root = _root(layers, (section, name), folder)
-            if value.startswith(("./", "../", "~", ".\\", "..\\")) or value in (".", "..") or (root / value).exists():
-                holder[name] = _absolute(root, value)
+    places = [("model", "base"), ("model", "vae"), ("model", "config"), ("adapter", "init_from")]
+    for section, name in places:
+        _make_absolute_if_there(layers, layers.data.get(section), (section, name), folder)
+    model = layers.data.get("model")
+    fused = model.get("fuse") if isinstance(model, dict) else None
+    for i, one in enumerate(fused if isinstance(fused, list) else []):
+        _make_absolute_if_there(layers, one, ("model", "fuse", i, "path"), folder)
+
+
+def _make_absolute_if_there(layers: Layers, holder: Any, path: KeyPath, folder: Path) -> None:
+    """A model's name may be a hub id: it is a path if it looks like one, or if there is something."""
+    value = holder.get(path[-1]) if isinstance(holder, dict) else None
+    if not isinstance(value, str) or not value:
+        return
+    root = _root(layers, path, folder)
+    if value.startswith(("./", "../", "~", ".\\", "..\\")) or value in (".", "..") or (root / value).exists():
+        holder[path[-1]] = _absolute(root, value)
 
 
 def _make_absolute(layers: Layers, holder: Any, path: KeyPath, folder: Path) -> None:

@@ -57,11 +57,12 @@ class Trained:
 
     def write(self, path: Path, *, precision: Precision, runtime: Runtime, replace: bool = False) -> Checked:
         """`export` it."""
+        family = self.run.model
         return export(
             path,
-            self.weights,
+            model_folder.with_trained(family, self.weights, dtype=torch.float32, device=torch.device("cpu")),
             precision=precision,
-            family=self.run.model,
+            family=family,
             expected=self.expected,
             runtime=runtime,
             replace=replace,
@@ -76,7 +77,7 @@ class Trained:
 
 def export(
     path: Path,
-    weights: Path,
+    parts: Parts,
     *,
     precision: Precision,
     family: Family,
@@ -84,14 +85,13 @@ def export(
     runtime: Runtime,
     replace: bool = False,
 ) -> Checked:
-    """Write the whole model whose trained networks lie in `weights` as a diffusers folder.
+    """Write a model whose every network is in `parts`, in float32 on the CPU, as a diffusers folder; casts `parts`.
 
     `expected` is `probe` of the trained model. An existing folder is only replaced with `replace`, and only a
     diffusers folder. Raises `UserError` when there is something at `path`, or what was written does not load to the
     same model (nothing is left then), and `ResourceError` when it cannot be written.
     """
     _check_free(path, replace=replace)
-    parts = model_folder.with_trained(family, weights, dtype=torch.float32, device=torch.device("cpu"))
     cast(family, parts, DTYPES[precision])
     partial = path.with_name(f".partial-{path.name}-{uuid.uuid4().hex[:8]}")
     try:

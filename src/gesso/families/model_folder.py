@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,6 +123,19 @@ def network_class(part: str) -> Any:
         "text_encoder": transformers.CLIPTextModel,
         "text_encoder_2": transformers.CLIPTextModelWithProjection,
     }[part]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One of a model's configurations; raises `UserError` where it cannot be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is no mapping")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the model's {path.name} cannot be read ({error})", where=str(path), fix="fetch the model again"
+        ) from error
+    return content
 
 
 def tokenizer(folder: Path) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
@@ -17,7 +16,7 @@ from gesso.core.changes import Change
 from gesso.core.seams import Cond, Parts, Spec
 from gesso.core.tokens import NewToken, expanded, several
 from gesso.errors import UserError
-from gesso.families import lora_file, lora_names, model_folder, sampler, sdxl_layers, single_file
+from gesso.families import fusing, lora_file, lora_names, model_folder, sampler, sdxl_layers, single_file
 from gesso.families.prompt_weights import emphasise, token_weights
 
 if TYPE_CHECKING:
@@ -61,6 +60,9 @@ class SDXL(Spec):
     """Prompts over 77 tokens: cut (and counted), or encoded in chunks of 75 that are joined."""
     max_chunks: int = Field(default=3, ge=1)
     """Chunks of 75 tokens that `chunk` pads every prompt to; longer prompts are cut (and counted)."""
+    fuse: tuple[fusing.Fused, ...] = ()
+    """LoRAs that are merged into the model before anything else, so that training starts from the sum. What is trained
+    then belongs on top of it; gesso sample and export do so."""
     prompt_weights: bool = False
     """Read weights of words in captions and prompts as AUTOMATIC1111's webui does: (x:1.2), (x) = 1.1, [x] = 1 / 1.1;
     nested ones multiply, and a backslash makes a bracket ordinary. The hidden states of a word are multiplied by its
@@ -132,17 +134,20 @@ class SDXL(Spec):
         for network in [parts.denoiser, parts.vae, *parts.text_encoders]:
             if network is not None:
                 network.requires_grad_(False).eval().to(device)
+        loaded = zip(self.part_names, [parts.denoiser, *parts.text_encoders], strict=False)
+        fusing.merge(self.fuse, {part: network for part, network in loaded if network is not None})
         return parts
 
     def fingerprint(self, name: str) -> str:
         """Hash of the weights and configs (and, for "text", tokenizers and prompt policy) of a part."""
         files = [file for part in _FOLDERS[name] for file in self._files(part)]
+        fused = fusing.fingerprint(self.fuse)
         if name != "text":
-            return resolve.fingerprint(files)
+            return resolve.fingerprint(files) + (fused if name == "denoiser" else "")
         tokens = [p for t in _TOKENIZERS for p in sorted((self._config_root / t).iterdir()) if p.is_file()]
         policy = "" if self.long_prompts == "truncate" else f" chunk {self.max_chunks}"
         policy += " weights" if self.prompt_weights else ""
-        return resolve.fingerprint([*files, *tokens]) + policy
+        return resolve.fingerprint([*files, *tokens]) + policy + fused
 
     def pipeline(self, parts: Parts) -> StableDiffusionXLPipeline:
         """A diffusers pipeline over the loaded networks with the model's own sampler."""
@@ -351,7 +356,7 @@ class SDXL(Spec):
 
     @cached_property
     def _index(self) -> dict[str, Any]:
-        return self._json(self._config_root / "model_index.json")
+        return model_folder.read_json(self._config_root / "model_index.json")
 
     @property
     def _vae_name(self) -> str | None:
@@ -363,7 +368,7 @@ class SDXL(Spec):
     def _vae_config(self) -> dict[str, Any]:
         place = self._place("vae")
         file = (place if place.is_dir() else self._config_root / "vae") / "config.json"
-        found = self._json(file)
+        found = model_folder.read_json(file)
         for key in ("block_out_channels", "scaling_factor"):
             if key not in found:
                 raise UserError(f"the VAE's config holds no {key}", where=str(file), fix="fetch the VAE again")
@@ -372,23 +377,12 @@ class SDXL(Spec):
     @cached_property
     def _schedule(self) -> dict[str, Any]:
         """The config of the model's sampler, with what a single file and the run file say about the training."""
-        found = self._json(self._config_root / "scheduler" / "scheduler_config.json")
+        found = model_folder.read_json(self._config_root / "scheduler" / "scheduler_config.json")
         if self._root.is_file():
             found |= single_file.schedule(self._root)
         if self.zero_terminal_snr is not None:
             found |= single_file.ZERO_TERMINAL_SNR if self.zero_terminal_snr else {"rescale_betas_zero_snr": False}
         return found if self.prediction is None else found | {"prediction_type": self.prediction}
-
-    def _json(self, path: Path) -> dict[str, Any]:
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(content, dict):
-                raise ValueError("it is no mapping")
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"the model's {path.name} cannot be read ({error})", where=str(path), fix="fetch the model again"
-            ) from error
-        return content
 
     def _network(self, part: str, dtype: torch.dtype) -> Any:
         place = self._place(part)

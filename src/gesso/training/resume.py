@@ -32,7 +32,7 @@ def identity(run: RunConfig, *, hashes: Mapping[str, str]) -> dict[str, Any]:
     """What makes the run this run, as flat keys: its settings, and hashes of the base model and the data."""
     flat = _flatten(run.model_dump(mode="json", exclude={"name", "output", "trackers"}))
     # Files may move; their contents are in the hashes.
-    for key in [k for k in flat if k.startswith("data.sources.") and k.endswith(".path")]:
+    for key in [k for k in flat if k.startswith(("data.sources.", "model.fuse.")) and k.endswith(".path")]:
         del flat[key]
     flat["data.validation.path"] = flat["data.validation.path"] is not None
     batch, accumulation = flat.pop("training.batch_size"), flat.pop("training.accumulation")

@@ -133,7 +133,7 @@ def test_without_a_network_all_weights_train() -> None:
         (JOB.replace("batch_size: 1", "bach_size: 1"), "job.yaml:19: unknown key config.process.0.train.bach_size"),
         (JOB.replace("steps: 2000", "steps: many"), "config.process.0.train.steps must be a whole number, not 'many'"),
         (JOB.replace("optimizer: adamw8bit", "optimizer: automagic"), "this optimizer is not there by this name"),
-        (JOB.replace("type: lora,", "type: lokr,"), "only lora is there so far"),
+        (JOB.replace("type: lora,", "type: lorm,"), "of its networks only lora, locon, lokr are there"),
         (JOB.replace("gradient_accumulation: 2", "gradient_accumulation: 2\n        gradient_accumulation_steps: 3"),
          "gradient_accumulation_steps is 3 but config.process.0.train.gradient_accumulation (line 21) is 2"),
         (JOB.replace('folder_path: "/data/[name]"', "num_repeats: 1"), "job.yaml:12: folder_path is missing"),

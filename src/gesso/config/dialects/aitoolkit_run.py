@@ -18,6 +18,7 @@ from gesso.errors import UserError
 _TRAINERS = ("sd_trainer", "diffusion_trainer", "ui_trainer")
 _OPTIMIZER = {"weight_decay": "weight_decay", "eps": "eps"}
 _PRECISIONS = {"bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16", "fp32": "fp32", "float32": "fp32"}
+_KINDS = {"lora": "lora", "locon": "lora", "lokr": "lokr"}
 _LOSSES = {"mse": "l2", "l2": "l2", "mae": "l1", "l1": "l1"}
 DEFAULT = "the default of ai-toolkit"
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -64,13 +65,31 @@ def filled(value: Any, words: Mapping[str, str]) -> Any:
 
 def _network(draft: Draft) -> None:
     kind, more = draft.take("network"), draft.take("network_kwargs")
-    if kind is not None and kind.value == "lora":
-        draft.set("adapter.type", "lora", kind)
+    lokr = kind is not None and kind.value == "lokr"
+    if kind is not None and kind.value in _KINDS:
+        draft.set("adapter.type", _KINDS[kind.value], kind)
     elif kind is not None:
-        draft.refuse(kind, "only lora is there so far", fix="write type: lora")
+        draft.refuse(kind, f"of its networks only {', '.join(_KINDS)} are there", fix="write type: lora")
     for name, native in (("linear", "rank"), ("linear_alpha", "alpha")):
         if item := draft.take(name):
             draft.set(f"adapter.{native}", number(item.value), item)
+    convolutions = draft.take("conv")
+    for name, native in (("conv", "conv_rank"), ("conv_alpha", "conv_alpha")):
+        item = convolutions if name == "conv" else draft.take(name)
+        if item is not None and convolutions is not None and number(convolutions.value):
+            draft.set(f"adapter.{native}", number(item.value), item)
+        elif item is not None:
+            draft.ignore(item, "off" if name == "conv" else "belongs to conv")
+    whole, factor = draft.take("lokr_full_rank"), draft.take("lokr_factor")
+    if whole is not None and lokr and draft.flag(whole):
+        draft.set("adapter.rank", 4096, whole, note="so wide that no factor is split")
+        draft.set("adapter.alpha", None, whole, note="the strength is 1")
+    elif whole is not None:
+        draft.ignore(whole, "off" if lokr else "belongs to lokr")
+    if factor is not None and lokr:
+        draft.set("adapter.factor", number(factor.value), factor)
+    elif factor is not None:
+        draft.ignore(factor, "belongs to lokr")
     _inside(draft, more, tables.KWARGS)
 
 
@@ -182,6 +201,8 @@ def _rates(draft: Draft) -> None:
 
 
 def _model(draft: Draft) -> None:
+    if fused := draft.take("lora_path"):
+        draft.set("model.fuse", [{"path": draft.path(str(fused.value))}], fused, note="merged into the model")
     arch, xl, v = (draft.take(name) for name in ("arch", "is_xl", "is_v_pred"))
     base = draft.data.get("model", {}).get("base")
     fix = "name a model of SDXL, and write arch: sdxl"

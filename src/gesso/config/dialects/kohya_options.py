@@ -7,7 +7,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gesso.config.dialects import flat, groups, kohya, kohya_losses, kohya_tables, rules, sample_prompts, toml
+from gesso.config.dialects import (
+    flat,
+    groups,
+    kohya,
+    kohya_losses,
+    kohya_network,
+    kohya_tables,
+    rules,
+    sample_prompts,
+    toml,
+)
 from gesso.config.dialects.draft import Converted, Draft, Item, number, words
 from gesso.config.document import Document, file_name
 from gesso.config.problems import show
@@ -19,25 +29,6 @@ KEYS = kohya_tables.KEYS
 _OWN = {key for key in KEYS if key not in flat.KEYS and key not in ("batch_size", "steps", "loss_type")}
 _NO_WORDS = (None, "", "none", "None")
 _OPTIMIZER = {"weight_decay": "weight_decay", "eps": "eps"}
-_NETWORK = {
-    "conv_dim": "adapters of 3 x 3 convolutions come in a later version",
-    "conv_alpha": "belongs to conv_dim",
-    "rank_dropout": "dropout of whole ranks comes in a later version",
-    "module_dropout": "dropout of whole layers comes in a later version",
-    "block_dims": "ranks per block come in a later version",
-    "block_alphas": "belongs to block_dims",
-    "conv_block_dims": "ranks per block come in a later version",
-    "conv_block_alphas": "belongs to conv_block_dims",
-    "down_lr_weight": "learning rates per block come in a later version",
-    "mid_lr_weight": "learning rates per block come in a later version",
-    "up_lr_weight": "learning rates per block come in a later version",
-    "block_lr_zero_threshold": "belongs to learning rates per block",
-    "loraplus_lr_ratio": "LoRA+ comes in a later version",
-    "loraplus_unet_lr_ratio": "LoRA+ comes in a later version",
-    "loraplus_text_encoder_lr_ratio": "LoRA+ comes in a later version",
-    "dora_wd": "DoRA comes in a later version",
-    "algo": "LyCORIS algorithms come in a later version",
-}
 
 
 def score(mapping: Mapping[str, Any]) -> int:
@@ -139,26 +130,7 @@ def _length(draft: Draft) -> None:
 
 
 def _network(draft: Draft) -> None:
-    module = draft.take("network_module")
-    if module is not None and str(module.value) not in ("networks.lora", "lora"):
-        draft.refuse(module, "of the networks of sd-scripts only networks.lora is there", fix="write networks.lora")
-    elif module is not None:
-        draft.set("adapter.type", "lora", module)
-    for name, native, default in (("rank", "rank", 4), ("lora_alpha", "alpha", 1)):
-        item = draft.take(name)
-        if item is not None and name == "lora_alpha" and number(item.value) == 0:
-            draft.ignore(item, "0 means that alpha is the rank")
-        elif item is not None:
-            draft.set(f"adapter.{native}", number(item.value), item)
-        else:
-            draft.assume(f"adapter.{native}", default, "the default of sd-scripts")
-    draft.assume("adapter.targets", "attention-mlp", "the layers of the UNet that networks.lora trains")
-    given = draft.take("network_args")
-    for word, item in _pairs(draft, given):
-        if word in _NETWORK:
-            rules.refused(draft, item, _NETWORK[word], off=("0",))
-        else:
-            rules.unknown(draft, Item((*item.path[:-1], word), item.value, item.line), _NETWORK)
+    kohya_network.lay(draft, _pairs(draft, draft.take("network_args")))
 
 
 def _pairs(draft: Draft, item: Item | None) -> list[tuple[str, Item]]:
