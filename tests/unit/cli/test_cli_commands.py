@@ -258,7 +258,7 @@ def test_sample(recorded: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert rest == {
         **{"prompts": ["a", "b"], "loras": [("a.safetensors", 0.5), ("me/it", 1.0)], "negative": "", "seed": 3},
         **{"steps": 25, "guidance": 7.0, "width": 64, "height": None, "count": 2, "output": tmp_path / "o.png"},
-        **{"device": None, "precision": None},
+        **{"device": None, "precision": None, "checkpoint": None},
     }
     assert "o.png" in capsys.readouterr().out
     assert call("sample", "runs/x") == 2, "a prompt is needed"
@@ -271,7 +271,7 @@ def test_export(recorded: Stages, capsys: pytest.CaptureFixture[str]) -> None:
     assert (name, target) == ("export", "runs/x")
     assert rest == {
         **{"format": "kohya", "output": None, "use_ema": False, "precision": None, "hub_repo": "me/it"},
-        "device": None,
+        **{"device": None, "checkpoint": None},
     }
     assert "file.safetensors" in capsys.readouterr().out
     assert call("export", "runs/x") == 0

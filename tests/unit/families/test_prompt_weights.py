@@ -208,6 +208,7 @@ def test_the_tokenizer_that_makes_most_of_a_caption_counts(tiny_base: Path, part
         """Makes two tokens of each."""
 
         model_max_length = 77
+        added_tokens_encoder = parts.tokenizers[0].added_tokens_encoder
 
         def __call__(self, texts: list[str], truncation: bool) -> object:
             found = parts.tokenizers[0](texts, truncation=truncation)
