@@ -68,7 +68,10 @@ trackers: []
 LEARNERS: dict[str, list[str]] = {
     "lora": [],
     "dora": ["adapter={type: lora, rank: 16, targets: all-linear, dora: true}"],
-    "lokr": ["adapter={type: lokr, rank: 16, factor: 4, targets: all-linear}", "training.learning_rate=2.0e-2"],
+    "lokr": [
+        "adapter={type: lokr, rank: 16, alpha: 64, factor: 4, targets: all-linear}",
+        "training.learning_rate=2.0e-2",
+    ],
     "full": ["adapter={type: full}", "training.learning_rate=1.0e-3"],
     "textual inversion": [
         "adapter={type: embedding, tokens: [{token: <aldar>, initial: man, vectors: 4}]}",
