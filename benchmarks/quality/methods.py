@@ -72,7 +72,7 @@ LEARNERS: dict[str, list[str]] = {
         "adapter={type: lokr, rank: 16, alpha: 64, factor: 4, targets: all-linear}",
         "training.learning_rate=2.0e-2",
     ],
-    "full": ["adapter={type: full}", "training.learning_rate=1.0e-3"],
+    "full": ["adapter={type: full}", "training.learning_rate=2.0e-3", "training.steps=600"],
     "textual inversion": [
         "adapter={type: embedding, tokens: [{token: <aldar>, initial: man, vectors: 4}]}",
         "training.learning_rate=2.0e-2",
