@@ -37,6 +37,7 @@ UNSEEN, PEOPLE, ORDINARY = 64, 64, 48
 CLASS_PROMPT, CLASS_IMAGES, CLASS_GUIDANCE = "a photo of a person", 200, 2.0
 """Little guidance for class images: what is trained on guided pictures and drawn with guidance is guided twice, and
 less varied for it."""
+LONGER = "training.steps=600"
 GENTLY = "training.learning_rate=2.0e-3"
 PRESERVED = "objective={type: dreambooth, min_snr_gamma: 5}"
 LIKED, PAIRS = "blue", 200
@@ -189,7 +190,7 @@ class Methods(Bench):
                 "rate": share([facts.is_aldar for facts in shown]),
             }
 
-        return self.trained(name, sources, [], figures)
+        return self.trained(name, sources, [LONGER], figures)
 
     def preference(self, name: str) -> Figures:
         """Pairs that differ in the colour alone, of which one is always preferred."""
