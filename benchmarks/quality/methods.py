@@ -70,8 +70,9 @@ LEARNERS: dict[str, list[str]] = {
     "lora": [],
     "dora": ["adapter={type: lora, rank: 16, targets: all-linear, dora: true}"],
     "lokr": [
-        "adapter={type: lokr, rank: 16, alpha: 64, factor: 4, targets: all-linear}",
-        "training.learning_rate=2.0e-2",
+        "adapter={type: lokr, rank: 16, factor: 2, targets: all-linear}",
+        "training.learning_rate=1.0e-2",
+        "training.steps=800",
     ],
     "full": ["adapter={type: full}", "training.learning_rate=2.0e-3", "training.steps=600"],
     "textual inversion": [
