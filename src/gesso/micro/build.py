@@ -321,8 +321,8 @@ def write_run_file(path: Path, recipe: Recipe) -> None:
         rate=training.learning_rate,
         text_rate=recipe.text_encoder_rate,
         warmup=training.schedule.warmup,
-        beta2=training.optimizer.beta2,
-        weight_decay=training.optimizer.weight_decay,
+        beta2=json.dumps(training.optimizer.beta2),
+        weight_decay=json.dumps(training.optimizer.weight_decay),
         decay=training.ema.decay,
     )
     path.write_text(text, encoding="utf-8")

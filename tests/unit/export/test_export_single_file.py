@@ -246,10 +246,16 @@ def test_what_cannot_be_written_is_said(tiny_base: Path, tmp_path: Path, monkeyp
     assert there.read_bytes() == b"x"
 
 
-def test_a_lora_is_no_whole_model(make_run: MakeRun) -> None:
-    folder = stages.train(make_run("lora", training__steps=1))
-    with pytest.raises(UserError, match="this run trained a part beside it"):
-        stages.export(str(folder), format="single-file")
+def test_a_lora_becomes_a_whole_model_with_its_base(make_run: MakeRun, tiny_base: Path, tmp_path: Path) -> None:
+    folder = stages.train(make_run("lora", training__steps=2))
+    merged = load_file(stages.export(str(folder), format="single-file", precision="fp32", device="cpu"))
+    family = SDXL(base=str(tiny_base))
+    write(tmp_path / "base.safetensors", family, load(family), Runtime(CPU, "fp32"))
+    base = load_file(tmp_path / "base.safetensors")
+    assert merged.keys() == base.keys()
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert changed
+    assert all(name.endswith(("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight")) for name in changed)
 
 
 def test_a_folder_whose_scheduler_predicts_v_marks_its_file(tiny_base: Path, tmp_path: Path) -> None:
