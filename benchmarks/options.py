@@ -43,7 +43,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dora": {"adapter": {**LORA, "dora": True}},
     "loha": {"adapter": {"type": "loha", "rank": 8}},
     "lokr": {"adapter": {"type": "lokr", "rank": 8}},
-    "oft": {"adapter": {"type": "oft"}},
+    "oft": {"adapter": {"type": "oft", "block_size": 16}},
     "full": {"adapter": {"type": "full"}},
     "textual inversion": {"adapter": {"type": "embedding", "tokens": [{"token": "<new>", "initial": "man"}]}},
     "dreambooth, class images": {"objective": {"type": "dreambooth"}},
