@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gesso.core.events import Event
+    from gesso.training.session import Session
 
 Settings = dict[str, Any]
 MakeRun = Callable[..., Any]
@@ -66,3 +71,53 @@ def checkpoint_bytes(folder: Path, step: int) -> dict[str, tuple[Settings, bytes
     assert "state/optimizer.safetensors" in files
     assert any(not name.startswith(("state/", "ema/")) for name in files)
     return files
+
+
+class Stop(Exception):
+    """Ends a run from inside its event sink, as abruptly as an exception can."""
+
+
+def stop_after(step: int) -> Callable[[Event], None]:
+    """An event sink that ends the run once `step` is done."""
+    from gesso.core.events import StepDone
+
+    def sink(event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == step:
+            raise Stop
+
+    return sink
+
+
+def in_memory(run: Any) -> tuple[Session, Any]:
+    """A run on the CPU, about to train, and its prepared data."""
+    from gesso import stages
+    from gesso.core.folder import RunFolder
+    from gesso.core.runtime import Runtime
+    from gesso.training.session import Session
+
+    folder = RunFolder(run.folder)
+    folder.prepare()
+    runtime = Runtime.detect(run.training.precision, "cpu")
+    data = stages.prepare(run, folder, runtime, stages.ignore)
+    return Session.build(run, data.parts, runtime), data
+
+
+def fit(run: Any, session: Session, data: Any) -> None:
+    """All steps of a run in memory, with nothing between them."""
+    from gesso import stages
+    from gesso.core.runtime import Runtime
+    from gesso.training import loop
+
+    session.policy.train()
+    loop.fit(
+        run.training,
+        name=run.name,
+        seed=run.seed,
+        loss=partial(run.objective.loss, session.policy),
+        learner=session.learner,
+        stream=data.stream,
+        runtime=Runtime.detect(run.training.precision, "cpu"),
+        actions=[],
+        emit=stages.ignore,
+        stopping=lambda: False,
+    )

@@ -123,7 +123,7 @@ class Methods(Bench):
         sources = [painted(folder / "pictures", rows)]
         if PRESERVED in sets:
             sources.append({"path": str(self.class_images()), "role": "prior"})
-        figures = self.trained(name, sources, sets, lambda pipeline: self.of_prior(pipeline))
+        figures = self.trained(name, sources, sets, self.of_prior)
         base = self.kept("base-prior", "", lambda: self.of_prior(score.open_model(self.base)))
         return {**figures, "entropy": figures["people_entropy"] / base["people_entropy"], "base": base}
 

@@ -11,12 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from gesso import stages
-from gesso.core.events import Event, StepDone
 from gesso.core.folder import RunFolder
 from gesso.core.runtime import Precision, Runtime
 from gesso.training import loop
 from gesso.training.session import Session
-from run_helpers import MakeRun, checkpoint_bytes
+from run_helpers import MakeRun, Stop, checkpoint_bytes, stop_after
 
 BOTH = {"type": "full", "train_text_encoders": True}
 BF16 = {"training__precision": "bf16"}
@@ -27,18 +26,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "text encoders alone": {"adapter": BOTH | {"train_denoiser": False}, **BF16},
     "checkpointing": {"adapter": BOTH, "training__gradient_checkpointing": True, **BF16},
 }
-
-
-class Stop(Exception):
-    """Ends a run from inside its event sink."""
-
-
-def stop_after(step: int) -> Any:
-    def sink(event: Event) -> None:
-        if isinstance(event, StepDone) and event.step == step:
-            raise Stop
-
-    return sink
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

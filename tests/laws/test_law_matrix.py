@@ -16,11 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from gesso import stages
-from gesso.core.folder import RunFolder
 from gesso.core.runtime import Runtime
 from gesso.training import loop
 from gesso.training.session import Session
-from run_helpers import MakeRun, checkpoint_bytes
+from run_helpers import MakeRun, checkpoint_bytes, fit, in_memory
 
 METHODS: dict[str, dict[str, Any]] = {
     "denoise": {"objective": {"type": "denoise", "min_snr_gamma": 5, "noise_offset": 0.05}},
@@ -110,24 +109,10 @@ class Live(NamedTuple):
     run: Any
     session: Session
     data: Any
-    runtime: Runtime
 
     def fit(self) -> None:
         """All its steps."""
-        run = self.run
-        self.session.policy.train()
-        loop.fit(
-            run.training,
-            name=run.name,
-            seed=run.seed,
-            loss=partial(run.objective.loss, self.session.policy),
-            learner=self.session.learner,
-            stream=self.data.stream,
-            runtime=self.runtime,
-            actions=[],
-            emit=lambda event: None,
-            stopping=lambda: False,
-        )
+        fit(self.run, self.session, self.data)
 
     def predictions(self) -> list[Tensor]:
         """What the model says of the first step's pictures, dropout off."""
@@ -149,11 +134,7 @@ class Live(NamedTuple):
 
 
 def live(run: Any) -> Live:
-    folder = RunFolder(run.folder)
-    folder.prepare()
-    runtime = Runtime.detect(run.training.precision, "cpu")
-    data = stages.prepare(run, folder, runtime, lambda event: None)
-    return Live(run, Session.build(run, data.parts, runtime), data, runtime)
+    return Live(run, *in_memory(run))
 
 
 def same(one: list[Tensor], other: list[Tensor]) -> bool:
@@ -179,7 +160,7 @@ def test_a_step_may_be_split_in_any_way(cell: Cell) -> None:
         one = live(cell.run(f"split-{size}", training__batch_size=size, training__accumulation=4 // size)).moved()
         one.session.policy.evaluating().__enter__()  # dropout is drawn by batch, so that it may differ
         loss = partial(one.run.objective.loss, one.session.policy)
-        loop._accumulate(one.run.seed, 0, loss, one.session.learner, one.data.stream, one.runtime)
+        loop._accumulate(one.run.seed, 0, loss, one.session.learner, one.data.stream, Runtime.detect("fp32", "cpu"))
         groups = one.session.learner.groups
         views = {name: g for group in groups for name, g in group.views(group.gradient.clone()).items()}
         gradients.append(torch.cat([views[name].double().flatten() for name in sorted(views)]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from gesso import stages
-from run_helpers import MakeRun
+from run_helpers import MakeRun, fit, in_memory
 
 
 def trained(folder: Any) -> dict[str, float]:
@@ -91,32 +90,11 @@ def test_parts_of_a_full_fine_tune(
 
 
 def test_the_base_model_never_moves(make_run: MakeRun) -> None:
-    from gesso.core.folder import RunFolder
-    from gesso.core.runtime import Runtime
-    from gesso.training import loop
-    from gesso.training.session import Session
-
     run = make_run("run", adapter__train_text_encoders=True, training__steps=2)
-    runtime = Runtime.detect("fp32", "cpu")
-    folder = RunFolder(run.folder)
-    folder.prepare()
-    data = stages.prepare(run, folder, runtime, lambda event: None)
-    session = Session.build(run, data.parts, runtime)
+    session, data = in_memory(run)
     networks = session.policy.networks
     before = [{k: v.clone() for k, v in n.state_dict().items() if "lora" not in k} for n in networks]
-    session.policy.train()
-    loop.fit(
-        run.training,
-        name=run.name,
-        seed=run.seed,
-        loss=partial(run.objective.loss, session.policy),
-        learner=session.learner,
-        stream=data.stream,
-        runtime=runtime,
-        actions=[],
-        emit=lambda event: None,
-        stopping=lambda: False,
-    )
+    fit(run, session, data)
     assert session.learner.step == 2
     for network, state in zip(networks, before, strict=True):
         after = network.state_dict()

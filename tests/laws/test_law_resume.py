@@ -16,7 +16,7 @@ import pytest
 from gesso import stages
 from gesso.core.events import Event, StepDone
 from gesso.errors import Interrupted, UserError
-from run_helpers import MakeRun, checkpoint_bytes, settings
+from run_helpers import MakeRun, Stop, checkpoint_bytes, settings, stop_after
 
 FULL = {"type": "full", "train_text_encoders": True}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -51,18 +51,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
         },
     },
 }
-
-
-class Stop(Exception):
-    """Ends a run from inside its event sink, as abruptly as an exception can."""
-
-
-def stop_after(step: int) -> Any:
-    def sink(event: Event) -> None:
-        if isinstance(event, StepDone) and event.step == step:
-            raise Stop
-
-    return sink
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

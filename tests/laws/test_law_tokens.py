@@ -13,12 +13,10 @@ from safetensors.torch import load_file
 
 from gesso import stages
 from gesso.core.events import Event, StepDone, Warned
-from gesso.core.folder import RunFolder
 from gesso.core.runtime import Runtime
 from gesso.errors import UserError
 from gesso.training import loop
-from gesso.training.session import Session
-from run_helpers import MakeRun, checkpoint_bytes
+from run_helpers import MakeRun, checkpoint_bytes, fit, in_memory
 
 TOKENS = [{"token": "<it>", "initial": "red man", "vectors": 3}, {"token": "<number>", "initial": "star"}]
 ALONE: dict[str, Any] = {"adapter": {"type": "embedding", "tokens": TOKENS}, "training__learning_rate": 1e-2}
@@ -41,33 +39,9 @@ def worded(pictures: Path, tmp_path: Path) -> dict[str, Any]:
     return {"data__sources": [{"path": str(folder)}]}
 
 
-def session(run: Any) -> tuple[Session, Any]:
-    folder = RunFolder(run.folder)
-    folder.prepare()
-    runtime = Runtime.detect(run.training.precision, "cpu")
-    data = stages.prepare(run, folder, runtime, lambda event: None)
-    return Session.build(run, data.parts, runtime), data
-
-
-def fit(run: Any, made: Session, data: Any) -> None:
-    made.policy.train()
-    loop.fit(
-        run.training,
-        name=run.name,
-        seed=run.seed,
-        loss=partial(run.objective.loss, made.policy),
-        learner=made.learner,
-        stream=data.stream,
-        runtime=Runtime.detect(run.training.precision, "cpu"),
-        actions=[],
-        emit=lambda event: None,
-        stopping=lambda: False,
-    )
-
-
 @pytest.mark.parametrize("kind", ["alone", "pivotal"])
 def test_at_step_0_a_word_is_its_initial_words(make_run: MakeRun, worded: dict[str, Any], kind: str) -> None:
-    made, _ = session(make_run("run", **KINDS[kind], **worded))
+    made, _ = in_memory(make_run("run", **KINDS[kind], **worded))
     family, parts = made.run.model, made.parts
     base = family.load({"text"}, dtype=torch.float32, device=torch.device("cpu"))
     with torch.no_grad():
@@ -81,7 +55,7 @@ def test_at_step_0_a_word_is_its_initial_words(make_run: MakeRun, worded: dict[s
 def test_nothing_else_moves(make_run: MakeRun, worded: dict[str, Any], kind: str) -> None:
     """Exactly 0, under a weight decay that would show in every row and weight that it reached."""
     decay = {"training__optimizer": {"type": "adamw", "weight_decay": 0.5}}
-    made, data = session(make_run("run", **KINDS[kind], **worded, **decay, training__steps=3))
+    made, data = in_memory(make_run("run", **KINDS[kind], **worded, **decay, training__steps=3))
     trained = {name for part in made.adapter.parameters().values() for name in part}
     networks = made.policy.networks
     before = [copy.deepcopy(network.state_dict()) for network in networks]
@@ -102,7 +76,7 @@ def test_nothing_else_moves(make_run: MakeRun, worded: dict[str, Any], kind: str
 @pytest.mark.parametrize(("rate", "moves"), [(0.0, False), (1e-2, True)])
 def test_words_have_a_rate_of_their_own(make_run: MakeRun, worded: dict[str, Any], rate: float, moves: bool) -> None:
     changes = {**PIVOTAL, "training__token_learning_rate": rate, "training__learning_rate": 0.0 if moves else 1e-3}
-    made, data = session(make_run("run", **changes, **worded, training__steps=2))
+    made, data = in_memory(make_run("run", **changes, **worded, training__steps=2))
     start = {name: tensor.clone() for name, tensor in made.adapter.state().items()}
     fit(made.run, made, data)
     moved = {name for name, tensor in made.adapter.state().items() if not torch.equal(tensor, start[name])}
@@ -115,7 +89,7 @@ def test_words_have_a_rate_of_their_own(make_run: MakeRun, worded: dict[str, Any
 def test_lengths_are_kept_where_asked(make_run: MakeRun, worded: dict[str, Any]) -> None:
     tokens = [TOKENS[0] | {"keep_norm": True}, TOKENS[1]]
     kept = ALONE | {"adapter": {"type": "embedding", "tokens": tokens}}
-    made, data = session(make_run("run", **kept, **worded, training__steps=4))
+    made, data = in_memory(make_run("run", **kept, **worded, training__steps=4))
     start = {name: tensor.clone() for name, tensor in made.adapter.state().items()}
     fit(made.run, made, data)
     for name, tensor in made.adapter.state().items():
@@ -158,7 +132,7 @@ def test_splits_of_a_step_give_one_gradient(
     for batch_size, accumulation in [(1, 4), (2, 2), (4, 1)]:
         split = {"training__batch_size": batch_size, "training__accumulation": accumulation}
         memory = {"training__gradient_checkpointing": checkpointing}
-        made, data = session(make_run(f"split-{batch_size}", **KINDS[kind], **worded, **split, **memory))
+        made, data = in_memory(make_run(f"split-{batch_size}", **KINDS[kind], **worded, **split, **memory))
         made.policy.train()
         loss = partial(made.run.objective.loss, made.policy)
         loop._accumulate(made.run.seed, 0, loss, made.learner, data.stream, Runtime.detect("fp32", "cpu"))
@@ -169,7 +143,7 @@ def test_splits_of_a_step_give_one_gradient(
 
 
 def test_the_reference_reads_the_first_values(make_run: MakeRun, worded: dict[str, Any]) -> None:
-    made, data = session(make_run("run", **PIVOTAL, **worded, training__steps=3))
+    made, data = in_memory(make_run("run", **PIVOTAL, **worded, training__steps=3))
     batch = next(iter(data.stream.window(0)))
 
     def answer() -> torch.Tensor:

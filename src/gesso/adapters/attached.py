@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,7 @@ def roles(layer: Any) -> Iterator[tuple[str, nn.Parameter]]:
             yield name.replace(f".{NAME}", ""), parameter
 
 
-class AttachedLayers(Plain):
+class AttachedLayers(Plain, ABC):
     """Adapters on the layers of a denoiser, and perhaps of text encoders."""
 
     def __init__(self, spec: Layered, placed: Sequence[Placed]) -> None:
@@ -128,8 +129,9 @@ class AttachedLayers(Plain):
     def _kind(self) -> str:
         return "adapter"
 
+    @abstractmethod
     def _change(self, layer: Any) -> Change:
-        raise NotImplementedError
+        """What one layer in place does to its weight."""
 
     def _prefix(self, one: Placed) -> str:
         """What the names of a network's tensors begin with."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -44,7 +45,7 @@ class Choice:
     alpha: float
 
 
-class Layered(Spec):
+class Layered(Spec, ABC):
     """An adapter on some layers of the denoiser, and of the text encoders by choice."""
 
     targets: Literal["attention", "attention-mlp", "all-linear", "all"] | tuple[str, ...] = "attention"
@@ -65,9 +66,9 @@ class Layered(Spec):
         self._refuse_idle(layers, list(chosen), family)
         return {name: choice for name, choice in chosen.items() if choice.rank > 0}
 
+    @abstractmethod
     def size(self, shape: Shape, choice: Choice) -> int:
         """How many numbers train on a layer."""
-        raise NotImplementedError
 
     def rate(self, name: str) -> float:
         """The factor of a layer's learning rate."""
@@ -77,8 +78,9 @@ class Layered(Spec):
         """Ends of the names of the denoiser's layers that are meant."""
         return family.targets(self.targets) if isinstance(self.targets, str) else list(self.targets)
 
+    @abstractmethod
     def _choice(self, name: str, shape: Shape) -> Choice:
-        raise NotImplementedError
+        """How a layer that is meant is adapted."""
 
     def _patterns(self) -> dict[str, Sequence[str]]:
         """The patterns of each field that has some."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -47,15 +48,17 @@ class _Lycoris(Ranked):
                 layer.__class__ = FASTER[type(layer)]
         return _AttachedLycoris(self, placed)
 
+    @abstractmethod
     def _config(self, one: Placed, names: list[str]) -> Any:
-        raise NotImplementedError
+        """peft's settings for a network's layers of these names."""
 
+    @abstractmethod
     def _draw(self, role: str, shape: tuple[int, ...], numbers: np.random.Generator) -> NDArray[Any] | None:
-        raise NotImplementedError
+        """First values of a tensor by its role; None for zeros."""
 
+    @abstractmethod
     def change(self, layer: Any) -> Change:
         """What a layer in place does to its weight."""
-        raise NotImplementedError
 
     def _shared(self, one: Placed, names: list[str]) -> dict[str, Any]:
         """peft's settings that both have."""

@@ -19,7 +19,7 @@ from gesso.errors import Problems, UserError
 if TYPE_CHECKING:
     from gesso.data.captioning.plugins import Settings, Wanted
     from gesso.data.editing.caption_edit import Edited
-    from gesso.data.editing.library import Library
+    from gesso.data.editing.collection import Library
     from gesso.data.editing.tidy import Group
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder with pictures.", show_default=False)]
@@ -67,7 +67,7 @@ def dedupe(
 ) -> None:
     """Take duplicate pictures away; the largest and best captioned stays, and undo brings the others back."""
     from gesso.data.editing import tidy
-    from gesso.data.editing.library import Library
+    from gesso.data.editing.collection import Library
 
     library = Library(folder)
     with _bar("comparing") as progress:
@@ -98,7 +98,7 @@ def split(
     if not 0 < validation < 1:
         raise UserError(f"{validation} is no share", where="--validation", fix="use a number between 0 and 1")
     from gesso.data.editing import tidy
-    from gesso.data.editing.library import Library
+    from gesso.data.editing.collection import Library
 
     library = Library(folder)
     held = tidy.held_out(library, validation)
@@ -133,7 +133,7 @@ def caption_edit(
 ) -> None:
     """Change many captions at once, in caption files or a metadata table. Shows the changes and asks first."""
     from gesso.data.editing import caption_edit as editing
-    from gesso.data.editing.library import Library
+    from gesso.data.editing.collection import Library
 
     change = editing.CaptionEdit(
         find=find,
@@ -195,7 +195,7 @@ def caption(
     if overwrite and append:
         raise UserError("either --overwrite or --append", where="caption")
     from gesso.data.captioning import plugins as captioners
-    from gesso.data.editing.library import Library
+    from gesso.data.editing.collection import Library
 
     library = Library(folder, metadata=table, extension=extension)
     mode = "overwrite" if overwrite else "append" if append else "missing"

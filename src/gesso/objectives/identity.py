@@ -32,7 +32,8 @@ class IdentityLoss(Spec):
     timestep_high: float = Field(default=0.25, gt=0, le=1)
     """Take part only below this fraction of the timestep range."""
     side: int = Field(default=256, ge=32)
-    """Longer side, in pixels, of what is decoded: latents of larger pictures are shrunk first, which saves memory."""
+    """Longer side of what is decoded, in pixels of a VAE with 8 of them a latent cell: larger latents are shrunk first,
+    which saves memory."""
 
     def loss(self, policy: Policy, batch: Batch, *, noisy: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
         """Of each sample, [B] float32; 0 where its timestep has too much noise or no face is found."""

@@ -15,8 +15,8 @@ from PIL import Image
 
 from gesso.data.captioning import plugins as captioners
 from gesso.data.captioning.plugins import Settings, Wanted, load, pending
+from gesso.data.editing.collection import Library
 from gesso.data.editing.journal import Journal
-from gesso.data.editing.library import Library
 from gesso.errors import ResourceError, UserError
 
 

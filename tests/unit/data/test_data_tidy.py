@@ -11,8 +11,8 @@ from PIL import Image
 
 from gesso.data.editing import publish, tidy
 from gesso.data.editing.caption_edit import CaptionEdit, apply, preview
+from gesso.data.editing.collection import Library
 from gesso.data.editing.journal import Journal
-from gesso.data.editing.library import Library
 from gesso.errors import Problems, UserError
 
 

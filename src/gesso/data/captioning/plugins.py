@@ -12,8 +12,8 @@ from typing import Protocol
 
 from PIL import Image
 
+from gesso.data.editing.collection import Item, Library
 from gesso.data.editing.journal import Journal, Transaction
-from gesso.data.editing.library import Item, Library
 from gesso.data.images import decode
 from gesso.errors import ResourceError, UserError
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gesso.data.editing.collection import Item, Library
 from gesso.data.editing.journal import Journal
-from gesso.data.editing.library import Item, Library
 from gesso.errors import UserError
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gesso.data import pairs
+from gesso.data.editing.collection import Library
 from gesso.data.editing.journal import Journal
-from gesso.data.editing.library import Library
 from gesso.data.images import content_hash, probe, read
 from gesso.data.sources.folder import caption_text
 from gesso.data.sources.found import Dropped, Found

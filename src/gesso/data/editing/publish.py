@@ -13,8 +13,8 @@ from typing import Any, Literal
 from ruamel.yaml import YAML
 
 from gesso.core.folder import write_atomic
+from gesso.data.editing.collection import Item, Library
 from gesso.data.editing.journal import FOLDER
-from gesso.data.editing.library import Item, Library
 from gesso.data.editing.tables import json_line
 from gesso.errors import ResourceError, UserError
 

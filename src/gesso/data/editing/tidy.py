@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gesso.data import index
+from gesso.data.editing.collection import Item, Library
 from gesso.data.editing.journal import Journal
-from gesso.data.editing.library import Item, Library
 from gesso.data.editing.tables import CaptionTable, json_line
 from gesso.data.images import content_hash, probe, read
 from gesso.data.inspection import near
