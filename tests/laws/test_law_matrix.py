@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,11 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from gesso import stages
 from gesso.core.runtime import Runtime
+from gesso.evaluation.models import open_pipeline
+from gesso.evaluation.sample import Shot, draw
 from gesso.training import loop
 from gesso.training.session import Session
 from run_helpers import MakeRun, checkpoint_bytes, fit, in_memory
@@ -54,6 +60,15 @@ INEXACT_START: frozenset[str] = frozenset({"dora"})
 """Adapters whose first prediction differs from the base model's by rounding."""
 
 
+KNOWN: dict[str, tuple[str, float, dict[str, Any]]] = {
+    "dpo": ("instance", math.log(2), {}),
+    "ipo": ("instance", 0.25, {"objective__sft_weight": 0.0}),
+    "dreambooth, prior of the model": ("prior", 0.0, {}),
+}
+"""The role whose loss is known before training, that loss, and what must be set for it."""
+UNLIMITED = {"objective__min_snr_gamma": 1e9, "objective__noise_offset": 0.0}
+
+
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
     """Nine preference pairs of the shared pictures."""
@@ -83,15 +98,24 @@ class Cell(NamedTuple):
 
     method: str
     adapter: str
-    make: Any
+    base: Path
+    settings: dict[str, Any]
+    make: MakeRun
 
     def run(self, name: str, **overrides: Any) -> Any:
         """A run of four steps that keeps every checkpoint."""
-        return self.make(name, **{"training__steps": 4, "checkpoint": {"every": 2, "keep_last": 9}, **overrides})
+        usual = {"training__steps": 4, "checkpoint": {"every": 2, "keep_last": 9}}
+        return self.make(name, **deepcopy({**self.settings, **usual, **overrides}))
+
+    def plain(self, name: str, pictures: Path) -> Any:
+        """The same adapter with the plain loss on the instances."""
+        return self.run(name, objective={"type": "denoise"}, data__sources=[{"path": str(pictures)}])
 
 
 @pytest.fixture(params=CELLS, ids=lambda cell: f"{cell[0]} x {cell[1]}")
-def cell(request: pytest.FixtureRequest, make_run: MakeRun, pairs: Path, pictures: Path, class_images: Path) -> Cell:
+def cell(
+    request: pytest.FixtureRequest, make_run: MakeRun, tiny_base: Path, pairs: Path, pictures: Path, class_images: Path
+) -> Cell:
     method, adapter = request.param
     settings: dict[str, Any] = {**METHODS[method], "adapter": ADAPTERS[adapter]}
     if METHODS[method]["objective"]["type"] == "dpo":
@@ -100,7 +124,7 @@ def cell(request: pytest.FixtureRequest, make_run: MakeRun, pairs: Path, picture
         settings["data__sources"] = [{"path": str(pictures)}, {"path": str(class_images), "role": "prior"}]
     if "tokens" in ADAPTERS[adapter]:
         settings["data__captions"] = {"prefix": "<new> "}
-    return Cell(method, adapter, lambda name, **more: make_run(name, **{**settings, **more}))
+    return Cell(method, adapter, tiny_base, settings, make_run)
 
 
 class Live(NamedTuple):
@@ -137,6 +161,33 @@ def live(run: Any) -> Live:
     return Live(run, *in_memory(run))
 
 
+class Step(NamedTuple):
+    """The first optimiser step of a run, up to its gradient."""
+
+    gradient: Tensor
+    losses: dict[str, list[float]]
+    """Of each sample, by its role."""
+
+    def differs(self, other: Step) -> float:
+        """Relative L2 distance of the gradients."""
+        return float((self.gradient - other.gradient).norm() / self.gradient.norm())
+
+
+def first_step(one: Live) -> Step:
+    """Dropout is off: it is drawn by batch, so that splits may differ."""
+    policy, groups = one.session.policy, one.session.learner.groups
+    loss = partial(one.run.objective.loss, policy)
+    losses: dict[str, list[float]] = {}
+    with policy.evaluating():
+        loop._accumulate(one.run.seed, 0, loss, one.session.learner, one.data.stream, Runtime.detect("fp32", "cpu"))
+        with torch.no_grad():
+            for batch in one.data.stream.window(0):
+                for role, value in zip(batch.roles, loss(batch), strict=True):
+                    losses.setdefault(role, []).append(float(value))
+    views = {name: g for group in groups for name, g in group.views(group.gradient.clone()).items()}
+    return Step(torch.cat([views[name].double().flatten() for name in sorted(views)]), losses)
+
+
 def same(one: list[Tensor], other: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
@@ -155,17 +206,59 @@ def test_a_step_may_be_split_in_any_way(cell: Cell) -> None:
     Of preferences the gradient is the small difference of two large ones, which leaves a digit less.
     """
     least = 1e-4 if cell.run("any").objective.needs == {"pair"} else 1e-5
-    gradients = []
-    for size in (1, 2, 4):
-        one = live(cell.run(f"split-{size}", training__batch_size=size, training__accumulation=4 // size)).moved()
-        one.session.policy.evaluating().__enter__()  # dropout is drawn by batch, so that it may differ
-        loss = partial(one.run.objective.loss, one.session.policy)
-        loop._accumulate(one.run.seed, 0, loss, one.session.learner, one.data.stream, Runtime.detect("fp32", "cpu"))
-        groups = one.session.learner.groups
-        views = {name: g for group in groups for name, g in group.views(group.gradient.clone()).items()}
-        gradients.append(torch.cat([views[name].double().flatten() for name in sorted(views)]))
-    for other in gradients[1:]:
-        assert float((gradients[0] - other).norm() / gradients[0].norm()) <= least
+    one, *others = [
+        first_step(live(cell.run(f"split-{size}", training__batch_size=size, training__accumulation=4 // size)).moved())
+        for size in (1, 2, 4)
+    ]
+    assert all(one.differs(other) <= least for other in others)
+
+
+def test_where_a_methods_loss_is_known_it_is_that(cell: Cell, pictures: Path) -> None:
+    """Before training DPO's is ln 2, IPO's 1/4, and that of the model as its own prior 0. DreamBooth at weight 0, and
+    min-SNR without a limit, are the plain loss of the instances."""
+    if known := KNOWN.get(cell.method):
+        role, loss, own = known
+        found = first_step(live(cell.run("run", **own))).losses[role]
+        assert found == pytest.approx([loss] * 4, rel=0, abs=1e-3 if cell.adapter in INEXACT_START else 1e-7)
+        return
+    special = {"objective__prior_weight": 0.0} if cell.method == "dreambooth" else UNLIMITED
+    plain = first_step(live(cell.plain("plain", pictures)).moved())
+    assert plain.differs(first_step(live(cell.run("special", **special)).moved())) <= 1e-5
+    assert plain.differs(first_step(live(cell.run("usual")).moved())) > 1e-3
+
+
+def test_plain_diffusers_draws_the_runs_picture(cell: Cell, tmp_path: Path) -> None:
+    """What the run exports, loaded by diffusers alone, against the trained model as it is."""
+    rates = {"training__learning_rate": 2e-3 if "full" in cell.adapter else 0.05, "training__token_learning_rate": 0.1}
+    folder = stages.train(cell.run("run", training__steps=2, **rates))
+    shot = Shot("a photo of <new> thing", seed=3, steps=2, width=64, height=64)
+    ours = open_pipeline(str(folder), runtime=Runtime.for_inference("fp32", "cpu"))[0]
+    theirs, base = exported(cell, folder, tmp_path), StableDiffusionXLPipeline.from_pretrained(cell.base)
+    one, other, before = (np.asarray(draw(pipe, [shot])[0], np.int16) for pipe in (ours, theirs, base))
+    assert np.abs(one - other).max() <= 1
+    assert np.abs(one - before).max() > 2, "so little was trained that the comparison proves nothing"
+
+
+def exported(cell: Cell, folder: Path, to: Path) -> StableDiffusionXLPipeline:
+    """A pipeline of diffusers with what was trained: as a whole model, or for new words as the guide says."""
+    adapter = ADAPTERS[cell.adapter]
+    if "tokens" not in adapter:
+        whole = "diffusers" if adapter["type"] == "full" else "merged"
+        path = stages.export(str(folder), format=whole, precision="fp32", device="cpu", output=to / "whole")
+        return StableDiffusionXLPipeline.from_pretrained(path)
+    pipe = StableDiffusionXLPipeline.from_pretrained(cell.base)
+    words = to / "out-embeddings"
+    if adapter["type"] == "lora":
+        pipe.load_lora_weights(stages.export(str(folder), precision="fp32", output=to / "out.safetensors"))
+    else:
+        stages.export(str(folder), precision="fp32", output=words)
+    state = load_file(words / "new.safetensors")
+    for key, encoder, tokenizer in (
+        ("clip_l", pipe.text_encoder, pipe.tokenizer),
+        ("clip_g", pipe.text_encoder_2, pipe.tokenizer_2),
+    ):
+        pipe.load_textual_inversion(state[key], token="<new>", text_encoder=encoder, tokenizer=tokenizer)
+    return pipe
 
 
 def test_the_first_step_begins_at_the_base_model_and_the_reference_stays_there(cell: Cell) -> None:
