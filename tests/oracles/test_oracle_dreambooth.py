@@ -116,6 +116,22 @@ def test_the_loss_of_a_step(mix: str, weight: float) -> None:
         assert of_step(DreamBooth(prior_weight=weight), batch, cut, net)[0] == pytest.approx(wanted, rel=2e-6)
 
 
+def test_two_concepts_with_a_class_each() -> None:
+    """Sums over the samples of each source times its weight, divided by how many samples the role has, not by the sum
+    of the weights."""
+    sources = [("instance", 2.0), ("instance", 0.5), ("prior", 1.5), ("prior", 0.25)]
+    of = [0, 1, 1, 3, 2, 3, 0, 3]
+    weights = np.array([sources[i][1] for i in of], np.float32)
+    batch, net = mixed([sources[i][0] for i in of], weights=weights), network(90)
+    plain = errors(batch, net) / weights
+    sums = [sum(weight * plain[k] for k in range(8) if of[k] == i) for i, (_, weight) in enumerate(sources)]
+    wanted = (sums[0] + sums[1]) / 4 + 0.7 * (sums[2] + sums[3]) / 4
+    for cut in CUTS:
+        assert of_step(DreamBooth(prior_weight=0.7), batch, cut, net)[0] == pytest.approx(wanted, rel=2e-6)
+    weighted_means = (sums[0] + sums[1]) / weights[[0, 1, 2, 6]].sum() + 0.7 * (sums[2] + sums[3]) / 2.25
+    assert abs(weighted_means - wanted) > 0.01 * wanted, "the test would see the other rule"
+
+
 @pytest.mark.parametrize("mix", MIXES)
 def test_without_weight_it_is_denoising_of_the_instances(mix: str) -> None:
     batch, net = mixed(MIXES[mix]), network(90)

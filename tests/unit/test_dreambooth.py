@@ -189,9 +189,7 @@ class TestModelAsPrior:
 @pytest.mark.parametrize(
     ("fields", "what"),
     [
-        ({"prior": "model"}, "needs a class_prompt"),
         ({"prior": "model", "class_prompt": "a dog", "class_images": 5}, "takes no class images"),
-        ({"class_images": 5}, "drawn from class_prompt"),
         ({"class_prompt": " "}, "blank"),
         ({"prior_weight": -1}, "greater than or equal to 0"),
     ],
@@ -199,10 +197,3 @@ class TestModelAsPrior:
 def test_settings_without_a_meaning_are_refused(fields: dict[str, object], what: str) -> None:
     with pytest.raises(ValidationError, match=what):
         DreamBooth.model_validate(fields)
-
-
-def test_how_many_class_images_there_are_to_be() -> None:
-    assert DreamBooth().wanted == 0
-    assert DreamBooth(class_prompt="a dog").wanted == 200
-    assert DreamBooth(class_prompt="a dog", class_images=7).wanted == 7
-    assert DreamBooth(class_prompt="a dog", prior="model").wanted == 0

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 from pathlib import Path
 
 from gesso.adapters import Embedding, Full, LoRA
+from gesso.config import class_images
+from gesso.config.image_files import images_in
 from gesso.config.run import RunConfig, Source
 from gesso.errors import UserError
-from gesso.objectives import DreamBooth
 
 GIB = 2**30
-IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
 
 _TOKEN_WIDTH = 768 + 1280
 _UNET_PARAMETERS = 2_567_000_000
@@ -63,15 +62,6 @@ class Forecast:
         return self.cache_bytes + self.result_bytes + self.checkpoints_kept * (self.checkpoint_bytes or 0)
 
 
-def images_in(folder: Path) -> Iterator[Path]:
-    """Image files in a folder and its sub-folders, by their ending; hidden files and folders are passed over."""
-    for root, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_ENDINGS:
-                yield Path(root, name)
-
-
 @dataclass(frozen=True)
 class Counted:
     """How many images there are, where they were looked at: per source, held out, and samples and steps an epoch."""
@@ -94,8 +84,8 @@ def count(source: Source) -> int | None:
 
 
 def _estimate(run: RunConfig) -> Counted | None:
-    wanted = run.objective.wanted if isinstance(run.objective, DreamBooth) else 0
-    counts = [max(count(s) or 0, wanted) or None if s.role == "prior" else count(s) for s in run.data.sources]
+    filled = {folder.source: folder.count for folder in class_images.folders(run)}
+    counts = [max(count(s) or 0, filled.get(i, 0)) or None for i, s in enumerate(run.data.sources)]
     if "pair" in run.objective.needs:
         counts = [None if n is None else n // 2 or None for n in counts]
     images = tuple(n for n in counts if n is not None)

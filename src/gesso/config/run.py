@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from gesso.adapters import AnyAdapter, Embedding, LoRA
 from gesso.config.optimizer import Optimizer
@@ -90,6 +90,12 @@ class Source(Spec):
     """How captions are varied. Empty: as `data.captions` says."""
     role: Literal["instance", "prior"] = "instance"
     """prior: regularisation images of the class, which keep what the model knew; for `objective.type: dreambooth`."""
+    class_prompt: str | None = None
+    """What the class of these images is called, where a run has several, such as "a photo of a dog". With `role: prior`
+    the class images that are missing are drawn from it; with `objective.prior: model` these images are seen again under
+    it. Empty: `objective.class_prompt`."""
+    class_images: int | None = Field(default=None, ge=1)
+    """How many class images this folder is to have, with `role: prior`. Empty: `objective.class_images`."""
     repeats: float = Field(default=1.0, gt=0)
     """How often each image is seen in an epoch; with 2.5 every other image comes a third time."""
     share: float | None = Field(default=None, gt=0)
@@ -113,11 +119,11 @@ class Source(Spec):
             raise ValueError("pairs is none, so rejected_column and label_column have no effect: take them out")
         return self
 
-    @field_validator("trigger")
+    @field_validator("trigger", "class_prompt")
     @classmethod
-    def _word(cls, value: str | None) -> str | None:
+    def _word(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is not None and not value.strip():
-            raise ValueError("the trigger is blank")
+            raise ValueError(f"the {info.field_name} is blank")
         return value
 
     @field_validator("path", mode="before")

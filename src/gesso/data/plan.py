@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gesso.config import class_images
 from gesso.data import captions, settings
 from gesso.data.buckets import BucketRow, Fit, Size
 from gesso.data.order import Order, codes
@@ -23,7 +25,6 @@ from gesso.data.rows import Role, Row, Rows
 from gesso.data.shares import repeats_of
 from gesso.data.visits import Samples, Viewer, Visit, samples_of
 from gesso.errors import UserError
-from gesso.objectives import DreamBooth
 
 if TYPE_CHECKING:
     from gesso.config.run import Data, RunConfig, Source
@@ -42,8 +43,9 @@ class Plan:
     bucket visits are shuffled and cut into windows; the rest of all buckets share mixed windows.
 
     All this is about the instance pictures, and stays as it is when there are prior samples: each step then has as many
-    of these on top. They come from the pictures with `role: prior`, pass after pass without end, each once (or as often
-    as its repeats say) a pass; or with a `class_prompt` they are the step's own pictures under that caption.
+    of these on top. They come from the pictures with `role: prior`, of all sources together, pass after pass without
+    end, each once (or as often as its repeats say) a pass; or with `class_prompts` they are the step's own pictures
+    under the prompt of their source.
     """
 
     def __init__(
@@ -56,11 +58,12 @@ class Plan:
         world_size: int = 1,
         seed: int = 0,
         multiple: int = 8,
-        class_prompt: str | None = None,
+        class_prompts: Sequence[str] = (),
     ) -> None:
+        """`class_prompts` are those of each source where the model itself is the prior, else none."""
         self.seed, self.batch_size, self.world_size = seed, batch_size, world_size
         self.step_size = batch_size * accumulation * world_size
-        self._data, self._class_prompt = data, class_prompt
+        self._data, self._class_prompts = data, class_prompts
         ordered = Rows.of(rows).sorted()
         self._train, self._held = ordered.where(split="train"), ordered.where(split="validation")
         # Validation pictures follow the first source of instances where they have a folder of their own.
@@ -83,10 +86,6 @@ class Plan:
     @classmethod
     def of(cls, run: RunConfig, rows: Iterable[Row], *, multiple: int = 8) -> Plan:
         """The plan of a run; `multiple` is what the family needs of every side, in pixels."""
-        objective = run.objective
-        prompt = None
-        if isinstance(objective, DreamBooth) and objective.prior == "model":
-            prompt = objective.class_prompt
         return cls(
             rows,
             data=run.data,
@@ -94,7 +93,7 @@ class Plan:
             accumulation=run.training.accumulation,
             seed=run.seed,
             multiple=multiple,
-            class_prompt=prompt,
+            class_prompts=class_images.prompts(run),
         )
 
     @property
@@ -105,7 +104,7 @@ class Plan:
     @property
     def has_prior(self) -> bool:
         """Whether each step has prior samples."""
-        return bool(len(self._prior)) or self._class_prompt is not None
+        return bool(len(self._prior)) or bool(self._class_prompts)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -127,8 +126,8 @@ class Plan:
                     seen.add(pair)
                     row = rows[i]
                     found.setdefault(self._viewer.caption(row.caption, row.source), row)
-        if self._class_prompt is not None:
-            found.setdefault(self._class_prompt, self._train[0])
+        for prompt in self._prompts():
+            found.setdefault(prompt, replace(self._train[0], role="prior"))
         return found
 
     def captions(self, steps: range) -> list[str]:
@@ -139,7 +138,7 @@ class Plan:
         dropped = any(settings.words(source, self._data).dropout for source in self._sources)
         wordy, unrepeated = self._wordy(), 0
         found = {visit.caption for visit in self.validation} | ({""} if dropped else set())
-        found |= set() if self._class_prompt is None else {self._class_prompt}
+        found |= self._prompts()
         found |= {self._viewer.caption(text, source) for text, source in set(self._pairs(self._train)) - wordy}
         for visit in self._visits(steps) if wordy else ():
             varies = not self._data.variants and (visit.row.caption, visit.row.source) in wordy
@@ -157,8 +156,8 @@ class Plan:
         epoch, position = divmod(step, self.steps_per_epoch)
         start, count = epoch * len(self._order) + position * self.step_size, self._instances(step)
         visits = [self._viewer.visit(*turn) for turn in self._order.stretch(start, count)]
-        if self._class_prompt is not None:
-            return visits + [visit.under(self._class_prompt) for visit in visits]
+        if self._class_prompts:
+            return visits + [visit.under(self._class_prompts[visit.row.source]) for visit in visits]
         # As many as there are instances, of which as many came before.
         return visits + [self._viewer.visit(*turn) for turn in self._prior.stretch(start, count)]
 
@@ -259,6 +258,11 @@ class Plan:
             seed=self.seed,
             stream="" if role == "instance" else f"{role} ",
         )
+
+    def _prompts(self) -> set[str]:
+        """The class prompts of the sources that are trained on."""
+        sources = np.unique(self._train.numbers("source")).tolist() if self._class_prompts else []
+        return {self._class_prompts[i] for i in sources}
 
     def _instances(self, step: int) -> int:
         """Instance samples of a step."""

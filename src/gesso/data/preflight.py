@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from gesso.adapters import Embedding
 from gesso.config import class_images
+from gesso.config.class_images import ClassFolder
 from gesso.config.forecast import Counted, live_text
 from gesso.config.run import RunConfig
 from gesso.core.random import permutation
@@ -45,7 +46,8 @@ def preflight(
 
     `multiple` is what the family needs of every side, `samples` how many samples to show.
     """
-    asked, missing, run = run, class_images.missing(run), class_images.without_missing(run)
+    asked, waiting = run, class_images.empty(run)
+    run = class_images.without(run, waiting)
     index = build(run.data, progress=progress)
     pairs.require(run, index.rows)
     training = run.training
@@ -56,10 +58,9 @@ def preflight(
     own = len(run.data.sources)
     there = iter(np.bincount(index.rows.numbers("source"), minlength=own)[:own].tolist())
     # With the class images that are yet to be drawn.
-    images = tuple(
-        (next(there) if source in run.data.sources else 0) + (missing if source.role == "prior" else 0)
-        for source in asked.data.sources
-    )
+    missing = {folder: folder.missing for folder in class_images.folders(asked)}
+    drawn = {folder.source: count for folder, count in missing.items()}
+    images = tuple((0 if i in waiting else next(there)) + drawn.get(i, 0) for i in range(len(asked.data.sources)))
     held_out = int((index.validation.numbers("source") < own).sum())
     counted = Counted(images, held_out, plan.visits_per_epoch, plan.steps_per_epoch)
     counter, most = tokens.counter_for(run)
@@ -69,16 +70,18 @@ def preflight(
         counted,
         tuple(plan.describe()),
         tuple(plan.concepts()),
-        (*index.notices, *plan.notices, *words, *_overlong(plan, counter, most), *_to_draw(asked, missing)),
+        (*index.notices, *plan.notices, *words, *_overlong(plan, counter, most), *_to_draw(missing)),
         tuple(_some(plan, samples, run.seed)),
         counter,
         int(index.rows.pairs.sum()),
     )
 
 
-def _to_draw(run: RunConfig, missing: int) -> Iterator[str]:
-    if missing:
-        yield f"{missing} class images are missing in {class_images.folder(run)}: they are drawn before training starts"
+def _to_draw(missing: Mapping[ClassFolder, int]) -> Iterator[str]:
+    for folder, count in missing.items():
+        if count:
+            how = f"they are drawn from '{folder.prompt}' before training starts"
+            yield f"{count} class images are missing in {folder.path}: {how}"
 
 
 def _overlong(plan: Plan, counter: Counter, most: int) -> Iterator[str]:

@@ -100,7 +100,11 @@ def _by_share(sources: NDArray[np.int32], data: Data, role: Role) -> NDArray[np.
 
 def _balanced(rows: Rows, samples: NDArray[np.int32], repeats: NDArray[np.float64]) -> NDArray[np.float64]:
     """As many samples for each concept as the largest has."""
-    concepts = rows.words("concept")[0][samples]
+    numbers, names = rows.words("concept")
+    concepts = numbers[samples]
+    if (concepts == concepts[0]).all():
+        what = f"all pictures have the same concept, '{names[int(concepts[0])]}', so there is nothing to balance"
+        raise UserError(what, where="data.balance", fix="set data.sources[].concept of each source, or take it out")
     sums = np.bincount(concepts, weights=repeats)
     factors = np.divide(sums.max(), sums, out=np.ones_like(sums), where=sums > 0)
     balanced: NDArray[np.float64] = repeats * factors[concepts]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from gesso.config import class_images
-from gesso.config.forecast import images_in
+from gesso.config.image_files import images_in
 from gesso.config.run import RunConfig
 from gesso.core.events import Progress
 from gesso.core.folder import write_atomic
@@ -24,7 +25,6 @@ from gesso.core.runtime import Runtime
 from gesso.core.seams import Emit
 from gesso.errors import Interrupted, UserError
 from gesso.evaluation.sample import Shot, draw, save_png, settings
-from gesso.objectives import DreamBooth
 
 _STEM = "class-"
 _LISTINGS = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -60,17 +60,13 @@ def fill(
     """Draw what is missing from the folder, each picture with its caption beside it; returns how many were drawn.
 
     Any pictures that are there count, and none is overwritten. The model is opened only if something is missing. Raises
-    `UserError` for a folder whose pictures are listed in a file, or that holds class images of another prompt, and
-    `Interrupted` between two batches once `stopping()` says so.
+    `UserError` for a folder that holds class images of another prompt, or is to be filled though a file lists its
+    pictures, and `Interrupted` between two batches once `stopping()` says so.
     """
-    there = _present(wanted)
-    missing = max(0, wanted.count - len(there))
-    if not missing:
+    numbers = _numbers(wanted)
+    if not numbers:
         return 0
-    _refuse_others(wanted, there)
-    taken = {path.stem for path in there}
-    free = (number for number in count() if f"{_STEM}{number:05d}" not in taken)
-    numbers = list(islice(free, missing))
+    missing = len(numbers)
     pipeline, model = open_pipeline()
     side = pipeline.default_sample_size * pipeline.vae_scale_factor
     wanted.folder.mkdir(parents=True, exist_ok=True)
@@ -102,37 +98,46 @@ def fill(
 
 
 def complete(run: RunConfig, runtime: Runtime, emit: Emit, stopping: Callable[[], bool] = never) -> None:
-    """Draw the class images that a run asks for and that its folder lacks, with the run's own model."""
-    folder, objective = class_images.folder(run), run.objective
-    if folder is None or not isinstance(objective, DreamBooth) or objective.class_prompt is None:
-        return
+    """Draw the class images that a run asks for and that its folders lack, with the run's own model, opened once."""
 
+    @cache
     def open_pipeline() -> Opened:
         parts = run.model.load({"denoiser", "vae", "text"}, dtype=runtime.dtype, device=runtime.device)
         return run.model.pipeline(parts), run.model.base
 
     side = run.data.resolution // 8 * 8
-    wanted = Wanted(folder, objective.class_prompt, objective.wanted, seed=run.seed, width=side, height=side)
-    if fill(wanted, open_pipeline=open_pipeline, emit=emit, stopping=stopping):
+    asked = [
+        Wanted(one.path, one.prompt, one.count, seed=run.seed, width=side, height=side)
+        for one in class_images.folders(run)
+    ]
+    for wanted in asked:
+        _numbers(wanted)  # what is wrong with the last folder is said before the first is drawn
+    if sum([fill(wanted, open_pipeline=open_pipeline, emit=emit, stopping=stopping) for wanted in asked]):
+        open_pipeline.cache_clear()
         runtime.release()
 
 
-def _present(wanted: Wanted) -> Sequence[Path]:
+def _numbers(wanted: Wanted) -> list[int]:
+    """Of the pictures that are missing; raises where they would not be seen, or be mixed with another class's."""
     folder = wanted.folder
     if folder.exists() and not folder.is_dir():
         raise UserError("this is a file, and class images go into a folder", where=str(folder), fix="name a folder")
-    return list(images_in(folder))
+    there = list(images_in(folder))
+    _refuse_others(wanted, there)
+    missing = max(0, wanted.count - len(there))
+    for name in _LISTINGS if missing else ():
+        if (folder / name).is_file():
+            raise UserError(
+                f"{name} says which pictures of this folder count, so none that is drawn now would be seen",
+                where=str(folder),
+                fix=f"name another folder, or write the captions beside the pictures and remove {name}",
+            )
+    taken = {path.stem for path in there}
+    free = (number for number in count() if f"{_STEM}{number:05d}" not in taken)
+    return list(islice(free, missing))
 
 
 def _refuse_others(wanted: Wanted, there: Sequence[Path]) -> None:
-    """Raise where pictures that are drawn now would not be seen, or would be mixed with another class's."""
-    for name in _LISTINGS:
-        if (wanted.folder / name).is_file():
-            raise UserError(
-                f"{name} says which pictures of this folder count, so none that is drawn now would be seen",
-                where=str(wanted.folder),
-                fix=f"name another folder, or write the captions beside the pictures and remove {name}",
-            )
     for path in there:
         prompt = _prompt_of(path) if path.stem.startswith(_STEM) else None
         if prompt is not None and prompt != wanted.prompt:

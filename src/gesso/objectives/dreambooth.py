@@ -14,9 +14,6 @@ if TYPE_CHECKING:
 
     from gesso.core.batch import Batch
 
-CLASS_IMAGES = 200
-"""How many class images there are to be where a run does not say."""
-
 
 class DreamBooth(Denoise):
     """Denoise with prior preservation (Ruiz et al. 2022, DreamBooth, arXiv:2208.12242).
@@ -29,33 +26,25 @@ class DreamBooth(Denoise):
     type: Literal["dreambooth"] = "dreambooth"  # type: ignore[assignment]
     prior: Literal["images", "model"] = "images"
     """Where the prior samples come from. images: the sources with `role: prior`, pictures of the class. model: no
-    pictures; each instance picture is seen again under `class_prompt`, and the target is what the model said of it
+    pictures; each instance picture is seen again under its `class_prompt`, and the target is what the model said of it
     before training."""
     prior_weight: float = Field(default=1.0, ge=0)
     """How much the prior samples count beside the instance samples."""
     class_prompt: str | None = None
-    """What the class is called, such as "a photo of a person". With `prior: images` the class images that are missing
-    from the folder are drawn from it before training; `prior: model` needs it."""
+    """What the class is called, such as "a photo of a person", where a source does not say so itself. With `prior:
+    images` the class images that are missing from the folder are drawn from it before training; `prior: model` needs
+    it."""
     class_images: int | None = Field(default=None, ge=1)
-    """How many class images the folder is to have where there is a `class_prompt`. Empty: 200."""
+    """How many class images each folder that is filled is to have, where its source does not say so itself. Empty:
+    200."""
 
     @model_validator(mode="after")
     def _prompted(self) -> DreamBooth:
         if self.class_prompt is not None and not self.class_prompt.strip():
             raise ValueError("class_prompt is blank")
-        if self.prior == "model" and self.class_prompt is None:
-            raise ValueError("prior: model needs a class_prompt, such as a photo of a person")
-        if self.class_images is not None and (self.prior == "model" or self.class_prompt is None):
-            why = "prior: model takes no class images" if self.prior == "model" else "they are drawn from class_prompt"
-            raise ValueError(f"class_images: {why}")
+        if self.class_images is not None and self.prior == "model":
+            raise ValueError("class_images: prior: model takes no class images")
         return self
-
-    @property
-    def wanted(self) -> int:
-        """How many class images the folder is to have; 0 where none are to be drawn."""
-        if self.prior == "model" or self.class_prompt is None:
-            return 0
-        return CLASS_IMAGES if self.class_images is None else self.class_images
 
     @property
     def needs(self) -> frozenset[str]:

@@ -11,7 +11,8 @@ import pytest
 
 from gesso.config import advice, files
 from gesso.config.advice import Advice, Machine
-from gesso.config.forecast import GIB, Counted, Forecast, images_in
+from gesso.config.forecast import GIB, Counted, Forecast
+from gesso.config.image_files import images_in
 from gesso.config.run import RunConfig
 from gesso.errors import Problems
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from config_guides import PRIOR
 
-from gesso.config import advice, files
+from gesso.config import advice, class_images, files
 from gesso.config.files import Loaded
 from gesso.errors import Problems
 from gesso.objectives import Denoise, DreamBooth
@@ -76,7 +76,7 @@ def test_the_flags_of_the_script(tmp_path: Path) -> None:
     loaded = options(tmp_path, **ON, prior_loss_weight="0.5", num_class_images="40", use_lora=True)
     objective = loaded.run.objective
     assert isinstance(objective, DreamBooth)
-    assert (objective.prior_weight, objective.wanted, objective.prior) == (0.5, 40, "images")
+    assert (objective.prior_weight, objective.class_images, objective.prior) == (0.5, 40, "images")
     one, of_class = loaded.run.data.sources
     assert (one.trigger, of_class.trigger, of_class.missing_captions) == (
         "a photo of sks dog",
@@ -140,6 +140,87 @@ def test_regularisation_images_of_sd_scripts(tmp_path: Path) -> None:
     assert "half of it here" in notes(loaded, "assumed")["objective.type"]
     (tmp_path / "set.toml").write_text(KOHYA.replace("is_reg = true\n", ""))
     assert type(files.load_text("data: set.toml\ntraining: {steps: 5}\n", folder=tmp_path).run.objective) is Denoise
+
+
+TWO = """\
+[general]
+resolution = 64
+caption_extension = ".txt"
+[[datasets]]
+  [[datasets.subsets]]
+  image_dir = "one"
+  class_tokens = "sks dog"
+  num_repeats = 10
+  [[datasets.subsets]]
+  image_dir = "data/train"
+  class_tokens = "ohwx man"
+  num_repeats = 4
+  [[datasets.subsets]]
+  image_dir = "dogs"
+  class_tokens = "dog"
+  is_reg = true
+  num_repeats = 2
+  [[datasets.subsets]]
+  image_dir = "men"
+  class_tokens = "man"
+  is_reg = true
+"""
+
+
+def test_two_concepts_of_sd_scripts_with_a_class_each(tmp_path: Path) -> None:
+    for name in ("dogs", "men"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(b"")
+    (tmp_path / "set.toml").write_text(TWO)
+    options = 'pretrained_model_name_or_path = "micro:sdxl"\nmax_train_steps = 5\nprior_loss_weight = 0.5\n'
+    (tmp_path / "config.toml").write_text(
+        options + 'dataset_config = "set.toml"\nnetwork_module = "networks.lora"\nnetwork_dim = 4\n'
+    )
+    loaded = files.load(tmp_path / "config.toml")
+    assert isinstance(loaded.run.objective, DreamBooth)
+    assert (loaded.run.objective.prior_weight, loaded.run.objective.class_prompt) == (0.5, None)
+    found = [(s.role, s.concept, s.missing_captions, s.repeats) for s in loaded.run.data.sources]
+    assert found == [
+        ("instance", "sks dog", "concept", 10),
+        ("instance", "ohwx man", "concept", 4),
+        ("prior", "dog", "concept", 2),
+        ("prior", "man", "concept", 1),
+    ]
+    assert class_images.folders(loaded.run) == (), "its regularisation images are taken as they are"
+    assert "of several sets of them" in notes(loaded, "assumed")["objective.type"]
+    found = advice.check(loaded.run).errors
+    assert [f for f in found if f.key.startswith(("data", "objective"))] == []
+
+
+AITOOLKIT = """\
+job: extension
+config:
+  name: both
+  process:
+    - type: sd_trainer
+      datasets:
+        - {folder_path: one, trigger_word: sks dog, num_repeats: 3, resolution: 64}
+        - {folder_path: data/train, trigger_word: ohwx man, loss_multiplier: 0.8, resolution: 64}
+        - {folder_path: dogs, default_caption: a dog, is_reg: true, loss_multiplier: 0.5, resolution: 64}
+        - {folder_path: men, default_caption: a man, is_reg: true, resolution: 64}
+      train: {steps: 5, reg_weight: 0.7}
+      model: {name_or_path: "micro:sdxl", is_xl: true}
+"""
+
+
+def test_two_concepts_of_ai_toolkit_with_a_class_each(tmp_path: Path) -> None:
+    loaded = files.load_text(AITOOLKIT, folder=tmp_path)
+    objective = loaded.run.objective
+    assert isinstance(objective, DreamBooth)
+    assert objective.prior_weight == 0.7
+    found = [(s.role, s.trigger or s.concept, s.repeats, s.weight) for s in loaded.run.data.sources]
+    assert found == [
+        ("instance", "sks dog", 3, 1),
+        ("instance", "ohwx man", 1, 0.8),
+        ("prior", "a dog", 1, 0.5),
+        ("prior", "a man", 1, 1),
+    ]
+    assert "of several sets of them" in notes(loaded, "assumed")["objective.type"]
 
 
 def test_rules_about_prior_sources(tmp_path: Path) -> None:

@@ -62,6 +62,12 @@ class TestRepeats:
         with pytest.raises(UserError, match=r"sources\.1\.share"):
             plan([row(0), row(1, source=1)], Source(path="a", share=1), Source(path="b"))
 
+    def test_balance_without_concepts_to_balance_is_refused(self) -> None:
+        rows = [row(i, source=i % 2) for i in range(8)] + [row(90, concept="class", role="prior", source=2)]
+        with pytest.raises(UserError, match="the same concept, ''") as caught:
+            plan(rows, Source(path="a"), Source(path="b"), Source(path="c", role="prior"), balance=True)
+        assert caught.value.where == "data.balance"
+
     def test_balance_gives_concepts_equal_samples_and_leaves_prior_images_alone(self) -> None:
         rows = [row(i, concept="cat") for i in range(12)] + [row(50 + i, concept="dog") for i in range(5)]
         rows += [row(90 + i, concept="class", role="prior", source=1) for i in range(3)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from data_helpers import captioned, data_for, row
@@ -30,7 +31,7 @@ def priors(count: int, **changes: object) -> list[Row]:
 
 
 def plan(rows: list[Row], step: int = 4, accumulation: int = 1, prior: bool = True, **changes: object) -> Plan:
-    world, seed, prompt = (changes.pop(k, v) for k, v in (("world_size", 1), ("seed", 0), ("class_prompt", None)))
+    world, seed, prompts = (changes.pop(k, v) for k, v in (("world_size", 1), ("seed", 0), ("class_prompts", ())))
     sources = (Source(path="a"), Source(path="b", role="prior", **changes.pop("second", {})))[: 1 + prior]  # type: ignore[arg-type]
     fields: dict[str, object] = {"sources": sources, "resolution": 64, "buckets": Buckets(step=16)}
     return Plan(
@@ -40,7 +41,7 @@ def plan(rows: list[Row], step: int = 4, accumulation: int = 1, prior: bool = Tr
         accumulation=accumulation,
         world_size=world,  # type: ignore[arg-type]
         seed=seed,  # type: ignore[arg-type]
-        class_prompt=prompt,  # type: ignore[arg-type]
+        class_prompts=prompts,  # type: ignore[arg-type]
     )
 
 
@@ -124,9 +125,62 @@ class TestImages:
             plan(priors(3), 1)
 
 
+class TestSeveralClasses:
+    """Two sources with role: prior are one stream, in proportion to what each brings."""
+
+    sources: ClassVar = (
+        Source(path="man", weight=2.0),
+        Source(path="dog", weight=0.5),
+        Source(path="men", role="prior"),
+        Source(path="dogs", role="prior", repeats=2.0),
+    )
+
+    def rows(self, men: int = 6, dogs: int = 3) -> list[Row]:
+        own = [row(i, SIZES[i % 3], source=i % 2, weight=(2.0, 0.5)[i % 2]) for i in range(8)]
+        one = [row(1000 + i, SIZES[i % 2], role="prior", source=2) for i in range(men)]
+        return own + one + [row(2000 + i, SIZES[i % 2], role="prior", source=3, repeats=2.0) for i in range(dogs)]
+
+    def plan(self, rows: list[Row], **changes: object) -> Plan:
+        fields = {"sources": self.sources, "resolution": 64, "buckets": Buckets(step=16)} | changes
+        return Plan(rows, data=Data.model_validate(fields), batch_size=2, accumulation=2, seed=4)
+
+    def test_in_a_pass_each_comes_as_often_as_its_repeats_say(self) -> None:
+        p = self.plan(self.rows())
+        seen = [v for k in range(6) for v in of(p.window(k), "prior")]
+        assert len(seen) == 24
+        for start in (0, 12):
+            found = Counter(v.row.source for v in seen[start : start + 12])
+            assert found == {2: 6, 3: 6}, "six men once, three dogs twice"
+        assert len({(v.epoch, v.key) for v in seen}) == 24
+
+    def test_shares_of_the_classes_are_apart_from_those_of_the_concepts(self) -> None:
+        shared = (*self.sources[:2], Source(path="m", role="prior", share=3), Source(path="d", role="prior", share=1))
+        p = self.plan(self.rows(), sources=shared)
+        seen = Counter(v.row.source for k in range(42) for v in p.window(k))
+        assert seen[0] == seen[1] == 84
+        assert seen[2] == 3 * seen[3] == 126
+
+    def test_another_class_moves_no_instance(self) -> None:
+        one, both = self.plan(self.rows(dogs=0)), self.plan(self.rows())
+        for k in range(4):
+            assert of(one.window(k), "instance") == of(both.window(k), "instance")
+
+    def test_the_model_is_asked_under_the_prompt_of_each_ones_source(self) -> None:
+        rows = [r for r in self.rows() if r.role == "instance"]
+        data = Data.model_validate({"sources": self.sources[:2], "resolution": 64, "buckets": Buckets(step=16)})
+        p = Plan(rows, data=data, batch_size=2, accumulation=2, class_prompts=("a man", "a dog"))
+        for k in range(4):
+            taught, kept = of(p.window(k), "instance"), of(p.window(k), "prior")
+            assert [v.caption for v in kept] == [("a man", "a dog")[v.row.source] for v in taught]
+            assert [v.row.weight for v in kept] == [v.row.weight for v in taught]
+        assert {"a man", "a dog"} <= set(p.captions(range(4)))
+        assert {"a man", "a dog"} <= set(p.texts())
+        assert p.texts()["a dog"].role == "prior"
+
+
 class TestModel:
     def test_the_instances_come_again_under_the_class_prompt(self) -> None:
-        p = plan(instances(7), 3, prior=False, class_prompt="a thing", flip=True, crop="random")
+        p = plan(instances(7), 3, prior=False, class_prompts=["a thing"], flip=True, crop="random")
         alone = plan(instances(7), 3, prior=False, flip=True, crop="random")
         for k in range(2 * p.steps_per_epoch):
             taught, kept = of(p.window(k), "instance"), of(p.window(k), "prior")
@@ -138,7 +192,7 @@ class TestModel:
 
     def test_it_needs_no_encoding_but_that_of_the_prompt(self) -> None:
         options = {"prior": False, "flip": True}
-        p, alone = plan(instances(7), 3, class_prompt="a thing", **options), plan(instances(7), 3, **options)  # type: ignore[arg-type]
+        p, alone = plan(instances(7), 3, class_prompts=["a thing"], **options), plan(instances(7), 3, **options)  # type: ignore[arg-type]
         steps = range(40)
         assert {(v.row.image, v.fit) for v in p.renditions(steps)} == {
             (v.row.image, v.fit) for v in alone.renditions(steps)
@@ -175,6 +229,28 @@ class TestValidation:
         )
         p = Plan(build(data).rows, data=data, batch_size=1)
         assert [(v.caption, v.role) for v in p.validation] == [("sks, held", "instance")]
+
+
+def test_a_check_goes_on_without_the_one_class_that_is_yet_to_be_drawn(tmp_path: Path) -> None:
+    for name, count in (("one", 3), ("dogs", 2)):
+        for i in range(count):
+            captioned(tmp_path / name, f"{i}.png", name, (64, 64), (80 * i, 90 if name == "one" else 0, 9))
+    men = {"path": tmp_path / "men", "role": "prior", "class_prompt": "a man", "class_images": 4}
+    dogs = {"path": tmp_path / "dogs", "role": "prior", "class_prompt": "a dog"}
+    run = RunConfig.model_validate(
+        {
+            "data": {"sources": [men, dogs, {"path": tmp_path / "one"}], "resolution": 64, "cache": tmp_path / "c"},
+            "objective": {"type": "dreambooth", "class_images": 3},
+            "training": {"steps": 3},
+            "model": {"base": "micro:sdxl"},
+        }
+    )
+    seen = preflight(run)
+    assert seen.counted.images == (4, 3, 3)
+    told = " ".join(seen.notices)
+    assert f"4 class images are missing in {tmp_path / 'men'}: they are drawn from 'a man'" in told
+    assert f"1 class images are missing in {tmp_path / 'dogs'}: they are drawn from 'a dog'" in told
+    assert not advice.check(run, counted=seen.counted).errors
 
 
 def test_a_check_goes_on_without_class_images_that_are_yet_to_be_drawn(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gesso.config.run import Source
+from gesso.config.run import Data, Source
 from gesso.core.events import Event, Progress
 from gesso.data.sources import collect
 from gesso.errors import Interrupted, UserError
@@ -21,6 +21,7 @@ from gesso.evaluation.class_images import Wanted, fill
 from gesso.evaluation.pictures import read_settings
 from gesso.evaluation.sample import Shot, draw
 from gesso.families.sdxl import SDXL
+from gesso.objectives import DreamBooth
 
 PIPELINE = SimpleNamespace(default_sample_size=8, vae_scale_factor=8, scheduler=object())
 
@@ -136,6 +137,90 @@ def test_folders_that_will_not_do_are_explained(tmp_path: Path, drawn: Drawn) ->
     with pytest.raises(UserError, match="this is a file"):
         run(Wanted(tmp_path / "file", "a dog", 1), drawn)
     assert drawn.opened == 1
+
+
+def test_class_images_of_another_prompt_are_no_reason_to_draw_nothing(tmp_path: Path, drawn: Drawn) -> None:
+    """A full folder would otherwise make a changed prompt do nothing."""
+    run(Wanted(tmp_path, "a dog", 2), drawn)
+    with pytest.raises(UserError, match="class images of 'a dog', and these are to be of 'a cat'"):
+        run(Wanted(tmp_path, "a cat", 2), drawn)
+
+
+class Model:
+    """Stands in for the run's model, and counts how often it is opened."""
+
+    base = "a model"
+
+    def __init__(self) -> None:
+        self.loaded = 0
+
+    def load(self, parts: set[str], **_: Any) -> set[str]:
+        self.loaded += 1
+        return parts
+
+    def pipeline(self, _parts: set[str]) -> Any:
+        return PIPELINE
+
+
+def two_classes(tmp_path: Path, **second: Any) -> tuple[Any, Model]:
+    """A run with a class of its own for each of two sources, and its model."""
+    men = Source(path=str(tmp_path / "men"), role="prior", class_prompt="a man")
+    fields: dict[str, Any] = {"path": str(tmp_path / "dogs"), "role": "prior", "class_prompt": "a dog"}
+    data = Data(sources=(Source(path="x"), men, Source.model_validate(fields | second)), resolution=64)
+    objective, model = DreamBooth(class_images=5), Model()
+    return SimpleNamespace(data=data, objective=objective, model=model, seed=20), model
+
+
+def completed(run: Any, stopping: Any = class_images.never) -> list[Event]:
+    told: list[Event] = []
+    runtime = SimpleNamespace(dtype=None, device=None, release=lambda: None)
+    class_images.complete(run, runtime, told.append, stopping)  # type: ignore[arg-type]
+    return told
+
+
+def test_each_class_of_a_run_is_drawn_from_its_prompt_into_its_folder(tmp_path: Path, drawn: Drawn) -> None:
+    run, model = two_classes(tmp_path, class_images=3)
+    completed(run)
+    assert [(shot.prompt, shot.seed) for batch in drawn.batches for shot in batch] == [
+        *(("a man", 20 + i) for i in range(5)),
+        *(("a dog", 20 + i) for i in range(3)),
+    ]
+    assert model.loaded == 1, "one model for both"
+    for name, prompt, count in (("men", "a man", 5), ("dogs", "a dog", 3)):
+        found = collect(Source(path=str(tmp_path / name), role="prior"))
+        assert [record.caption for record in found.records] == [prompt] * count
+    before = contents(tmp_path / "men"), contents(tmp_path / "dogs")
+    assert completed(run) == []
+    assert (model.loaded, len(drawn.seeds)) == (1, 8)
+    assert (contents(tmp_path / "men"), contents(tmp_path / "dogs")) == before
+
+
+def test_broken_off_between_two_classes_each_goes_on_where_it_was(tmp_path: Path, drawn: Drawn) -> None:
+    whole, _ = two_classes(tmp_path / "whole")
+    completed(whole)
+    part, _ = two_classes(tmp_path / "part")
+    drawn.batches.clear()
+    (tmp_path / "part" / "dogs").mkdir(parents=True)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "part" / "dogs" / "mine.png")
+    with pytest.raises(Interrupted, match="4 class images"):
+        completed(part, lambda: len(drawn.seeds) >= 5)
+    assert len(list((tmp_path / "part" / "dogs").iterdir())) == 1
+    completed(part)
+    assert contents(tmp_path / "part" / "men") == contents(tmp_path / "whole" / "men")
+    theirs, mine = contents(tmp_path / "whole" / "dogs"), contents(tmp_path / "part" / "dogs")
+    assert {name: theirs[name] for name in mine if name != "mine.png"} == {
+        name: content for name, content in mine.items() if name != "mine.png"
+    }
+    assert len(drawn.seeds) == 9, "none is drawn twice, and the picture that was there counts"
+
+
+def test_what_is_wrong_with_the_last_folder_is_said_before_the_first_is_drawn(tmp_path: Path, drawn: Drawn) -> None:
+    run(Wanted(tmp_path / "dogs", "a wolf", 1), drawn)
+    drawn.batches.clear()
+    made, model = two_classes(tmp_path)
+    with pytest.raises(UserError, match="class images of 'a wolf'"):
+        completed(made)
+    assert (model.loaded, drawn.batches) == (0, [])
 
 
 def test_pictures_of_a_batch_are_those_drawn_one_by_one(base: Path) -> None:

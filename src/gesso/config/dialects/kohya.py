@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isqrt
@@ -14,7 +13,7 @@ from gesso.config.dialects import rules, toml
 from gesso.config.dialects.draft import Converted, Draft, Item, number
 from gesso.config.dialects.rules import Alias, Direct, Ignored, Refused, Rule
 from gesso.config.document import Document
-from gesso.config.forecast import IMAGE_ENDINGS
+from gesso.config.image_files import images_in
 from gesso.config.problems import show
 from gesso.errors import UserError
 
@@ -22,6 +21,10 @@ NAME = "a dataset file of sd-scripts"
 MIXED = (
     "sd-scripts averages over batches of images and regularisation images, half and half; here each step has as many "
     "of these on top and adds up the two means, so that a learning rate there corresponds to half of it here"
+)
+SEVERAL = (
+    "; of several sets of them each gives in proportion to its images and their repeats, whatever set the other images "
+    "of a step come from"
 )
 
 _NO_CONTROL = "ControlNet training comes in a later version"
@@ -182,8 +185,8 @@ def write(draft: Draft, made: Sequence[Made], *, regularised: str) -> None:
     """Write the sources; equal ones at several resolutions become one, and captions that all share stand once.
 
     `regularised` tells what the tool does with regularisation images that is not quite what is done here."""
-    if any(one.prior for one in made):
-        draft.assume("objective.type", "dreambooth", regularised)
+    if priors := sum(one.prior for one in made):
+        draft.assume("objective.type", "dreambooth", regularised + (SEVERAL if priors > 1 else ""))
     sources: list[list[Made]] = []
     for one in made:
         twin = next((group for group in sources if all(one.same(other) for other in group)), None)
@@ -389,12 +392,6 @@ def _section(
             rules.unknown(draft, item, known)
 
 
-def _deeper(path: str) -> str | None:
+def _deeper(path: str) -> Path | None:
     """An image in a folder inside `path`, if there is one."""
-    for root, folders, names in os.walk(path):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if root != path:
-            for name in sorted(names):
-                if Path(name).suffix.lower() in IMAGE_ENDINGS and not name.startswith("."):
-                    return str(Path(root, name).relative_to(path))
-    return None
+    return next((file.relative_to(path) for file in images_in(Path(path)) if file.parent != Path(path)), None)
