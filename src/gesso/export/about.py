@@ -27,7 +27,8 @@ class About:
     prediction: str = "epsilon"
     resolution: tuple[int, int] | None = None
     """Width and height in pixels."""
-    trigger: str = ""
+    triggers: tuple[str, ...] = ()
+    """The word of each concept."""
     license: str = ""
     author: str = ""
     description: str = ""
@@ -38,14 +39,16 @@ class About:
     @classmethod
     def of(cls, run: RunConfig) -> About:
         """What a run says of the file that comes from it, dated now."""
-        training, triggers = run.training, [source.trigger for source in run.data.sources if source.trigger]
+        training = run.training
+        # What is written before the captions of class images calls up no concept.
+        triggers = (source.trigger for source in run.data.sources if source.trigger and source.role == "instance")
         return cls(
             title=run.name,
             architecture=run.model.architecture,
             base=run.model.base,
             prediction=run.model.noise.prediction,
             resolution=(run.data.resolution, run.data.resolution),
-            trigger=", ".join(dict.fromkeys(triggers)),
+            triggers=tuple(dict.fromkeys(triggers)),
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             training={
                 "ss_learning_rate": str(training.learning_rate),
@@ -57,6 +60,11 @@ class About:
                 "ss_optimizer": training.optimizer.type,
             },
         )
+
+    @property
+    def trigger(self) -> str:
+        """All of them, for headers that have one line for it."""
+        return ", ".join(self.triggers)
 
     @property
     def base_name(self) -> str:

@@ -95,7 +95,9 @@ def card(about: About, *, settings: dict[str, str], samples: Sequence[Sample], w
     if samples:
         parts.append("\n<Gallery />")
     if about.trigger:
-        parts.append(f"\n## Trigger words\n\nUse `{about.trigger}` in the prompt.")
+        words = ", ".join(f"`{trigger}`" for trigger in about.triggers)
+        which = "" if len(about.triggers) == 1 else ", each for what it stands for"
+        parts.append(f"\n## Trigger words\n\nUse {words} in the prompt{which}.")
     parts.append(f"\n## Use\n\n```python\n{_usage(about, samples, weights, repo)}```")
     rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
     parts.append(f"\n## Training\n\n| setting | value |\n|---|---|\n{rows}")
@@ -171,7 +173,7 @@ def _widget(sample: Sample) -> dict[str, Any]:
 
 
 def _usage(about: About, samples: Sequence[Sample], weights: str, repo: str) -> str:
-    prompt = samples[0].prompt if samples else about.trigger or "a photo"
+    prompt = samples[0].prompt if samples else (about.triggers or ("a photo",))[0]
     named = "" if weights == WEIGHTS else f", weight_name={json.dumps(weights)}"
     base = json.dumps(about.base_name)
     return (

@@ -9,7 +9,7 @@ from config_guides import PRIOR
 
 from gesso.config import advice, class_images, files
 from gesso.config.files import Loaded
-from gesso.errors import Problems
+from gesso.errors import Problems, UserError
 from gesso.objectives import Denoise, DreamBooth
 
 NESTED = """\
@@ -221,6 +221,72 @@ def test_two_concepts_of_ai_toolkit_with_a_class_each(tmp_path: Path) -> None:
         ("prior", "a man", 1, 1),
     ]
     assert "of several sets of them" in notes(loaded, "assumed")["objective.type"]
+
+
+CONCEPTS = """\
+[
+  {"instance_data_dir": "one", "instance_prompt": "photo of sks dog",
+   "class_data_dir": "dogs", "class_prompt": "photo of a dog"},
+  {"instance_data_dir": "data/train", "instance_prompt": "photo of ohwx man",
+   "class_data_dir": "men", "class_prompt": "photo of a man", "num_class_images": 50},
+  {"instance_data_dir": "two", "instance_prompt": "photo of zwx dog",
+   "class_data_dir": "dogs", "class_prompt": "photo of a dog"},
+]
+"""
+LISTED = {"concepts_list": "concepts.json", "max_train_steps": "5"}
+
+
+def listed(tmp_path: Path, text: str = CONCEPTS, **more: object) -> Loaded:
+    (tmp_path / "two").mkdir(exist_ok=True)
+    (tmp_path / "concepts.json").write_text(text)
+    return files.load_options(LISTED | more, folder=tmp_path)
+
+
+def test_a_list_of_concepts_with_their_classes(tmp_path: Path) -> None:
+    loaded = listed(tmp_path, with_prior_preservation=True, num_class_images="20", prior_loss_weight="0.5", repeats="3")
+    objective, sources = loaded.run.objective, loaded.run.data.sources
+    assert isinstance(objective, DreamBooth)
+    assert (objective.prior_weight, objective.class_prompt) == (0.5, None)
+    assert [(Path(s.path).name, s.trigger, s.repeats) for s in sources[:3]] == [
+        ("one", "photo of sks dog", 3),
+        ("train", "photo of ohwx man", 3),
+        ("two", "photo of zwx dog", 3),
+    ]
+    assert [s.role for s in sources] == ["instance"] * 3 + ["prior"] * 2, "two dogs share a class"
+    drawn = [(one.path.name, one.prompt, one.count) for one in class_images.folders(loaded.run)]
+    assert drawn == [("dogs", "photo of a dog", 20), ("men", "photo of a man", 50)]
+    assert loaded.origins["data.sources.4.class_images"] == f"{tmp_path}/concepts.json:5"
+    assert [f for f in advice.check(loaded.run).errors if f.key.startswith(("data", "objective"))] == []
+
+
+def test_a_list_of_concepts_without_prior_preservation(tmp_path: Path) -> None:
+    loaded = listed(tmp_path, instance_prompt="a thing", num_class_images="20")
+    assert type(loaded.run.objective) is Denoise
+    assert len(loaded.run.data.sources) == 3
+    ignored = notes(loaded, "ignored")
+    assert ignored["instance_prompt"] == "concepts_list says it of each concept"
+    assert ignored["num_class_images"].endswith("with_prior_preservation turns it on")
+    assert ignored["concepts.json: 0.class_prompt"].endswith("with_prior_preservation turns it on")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (CONCEPTS.replace("num_class_images", "num_class_image"), "concepts.json:5: unknown key 1.num_class_image"),
+        (CONCEPTS.replace('"instance_data_dir": "two", ', ""), "concepts.json:6: instance_data_dir is missing"),
+        (CONCEPTS.replace('"class_data_dir": "men", ', ""), "this concept has no class_data_dir"),
+        (CONCEPTS.replace('"men"', '"dogs"'), "holds the class images of 'photo of a dog' already"),
+        ("{}", "this is no list of concepts"),
+        ("[1, 2]", "this is no list of concepts"),
+        ("[{]", "concepts.json"),
+    ],
+)
+def test_a_list_of_concepts_that_will_not_do(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        listed(tmp_path, text, with_prior_preservation=True)
+    problems = caught.value.problems if isinstance(caught.value, Problems) else [caught.value]
+    told = "\n".join(f"{problem.where}: {problem.what}" for problem in problems)
+    assert words in told, told
 
 
 def test_rules_about_prior_sources(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from gesso.export.hub import About, Sample, base_license, card, newest_samples, 
 
 TOKEN = "hf_secretsecretsecretsecretsecretsecret"
 BASE = "stabilityai/stable-diffusion-xl-base-1.0"
-ABOUT = About(title="aldar", architecture="stable-diffusion-xl-v1-base", base=BASE, trigger="sks: aldar #1")
+ABOUT = About(title="aldar", architecture="stable-diffusion-xl-v1-base", base=BASE, triggers=("sks: aldar #1",))
 
 
 def run_config(folder: Path) -> RunConfig:
@@ -67,10 +67,31 @@ def test_the_example_is_python_and_names_the_right_file() -> None:
     assert 'load_lora_weights("me/aldar")' in text
 
 
+def test_a_card_of_several_concepts_names_each_word() -> None:
+    about = replace(ABOUT, triggers=("sks, man", "ohwx"))
+    text = card(about, settings={}, samples=[], weights="a.safetensors", repo="me/a")
+    assert front_matter(text)["instance_prompt"] == "sks, man, ohwx"
+    assert "Use `sks, man`, `ohwx` in the prompt, each for what it stands for." in text
+    assert '"sks, man"' in text.split("```python")[1], "the example asks for one of them"
+
+
+def test_what_stands_before_the_captions_of_class_images_is_no_trigger() -> None:
+    sources = [
+        {"path": "a", "trigger": "sks"},
+        {"path": "b", "trigger": "ohwx"},
+        {"path": "more", "trigger": "sks"},
+        {"path": "men", "role": "prior", "trigger": "a photo of a man"},
+    ]
+    fields = {"model": {"base": "micro:sdxl"}, "data": {"sources": sources}, "training": {"steps": 1}}
+    run = RunConfig.model_validate(fields)
+    assert About.of(run).triggers == ("sks", "ohwx")
+    assert About.of(run).modelspec()["modelspec.trigger_phrase"] == "sks, ohwx"
+
+
 def test_a_base_from_this_machine_is_not_given_as_a_hub_model(tmp_path: Path) -> None:
     (tmp_path / "my-sdxl").mkdir()
     (tmp_path / "my-sdxl" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# x\n")
-    about = replace(ABOUT, base=str(tmp_path / "my-sdxl"), trigger="")
+    about = replace(ABOUT, base=str(tmp_path / "my-sdxl"), triggers=())
     text = card(about, settings={}, samples=[], weights="a.safetensors", repo="me/a")
     assert str(tmp_path) not in text
     assert "base_model" not in front_matter(text)
@@ -182,7 +203,7 @@ from gesso.config.run import RunConfig
 from gesso.errors import UserError
 from gesso.export.hub import About, publish
 run = RunConfig.model_validate_json(sys.argv[2])
-about = About(title="aldar", architecture="stable-diffusion-xl-v1-base", base=run.model.base, trigger="sks aldar")
+about = About(title="aldar", architecture="stable-diffusion-xl-v1-base", base=run.model.base, triggers=("sks aldar",))
 try:
     print("address", publish(Path(sys.argv[1]), run, about=about, repo=sys.argv[3]))
 except UserError as error:

@@ -9,7 +9,10 @@ _CACHED = Ignored("latents and text embeddings are always cached, and the cache 
 _ONLY_SDXL = "SDXL is the only model so far"
 _FLOW = "belongs to flow matching; SDXL has none"
 _CONTROL = Refused(f"training with control images {_LATER}")
-_KEEP = Refused(f"preservation of what the model made before {_LATER}", fix="use a data set with is_reg instead")
+_KEEP = Refused(
+    "it asks the model under captions whose trigger word is replaced; here it is asked under one prompt for the class",
+    fix="take it out, and in a run file write objective: {type: dreambooth, prior: model, class_prompt: ...}",
+)
 _OF_KEEP = Ignored("belongs to diff_output_preservation")
 
 PROCESS: dict[str, Rule] = {

@@ -18,6 +18,7 @@ _GROUPED = (
     "enable_identity_loss",
     "identity_loss_weight",
     "face_model",
+    "concepts_list",
     *("finetune_method", "train_data_dir", "dataset_name", "dataset_config_name", "image_column", "caption_column"),
     *(
         "metadata_file",
@@ -104,7 +105,7 @@ def finish(draft: Draft, *, rank: int, why: str) -> Converted:
     method = draft.items.get("finetune_method")
     if "rank" not in draft.items and (method is None or method.value != "full"):
         draft.assume("adapter.rank", rank, why)
-    needs_images = not {"train_data_dir", "dataset_name"} & set(draft.items)
+    needs_images = not {"train_data_dir", "dataset_name", "concepts_list"} & set(draft.items)
     needs_length = not {"max_train_steps", "num_train_epochs"} & set(draft.items)
     groups.apply(draft)
     rules.apply(draft)

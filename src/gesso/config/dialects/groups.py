@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from gesso.config.dialects import concepts_list
 from gesso.config.dialects.draft import Draft, Item, number, words
 from gesso.config.dialects.rules import OPTIMIZERS
 from gesso.config.document import file_name
@@ -29,18 +30,9 @@ PRIOR = ("with_prior_preservation", "prior_loss_weight", "class_data_dir", "clas
 
 def apply(draft: Draft) -> None:
     """Read all groups."""
-    for group in (
-        _method,
-        _source,
-        _prior,
-        _images,
-        _targets,
-        _text_encoders,
-        _timestep_bias,
-        _identity,
-        _output,
-        _checkpoints,
-    ):
+    for group in (_method, concepts_list.lay, _source, _prior, _images, _targets, _text_encoders, _timestep_bias):
+        group(draft)
+    for group in (_identity, _output, _checkpoints):
         group(draft)
     training(draft)
 
