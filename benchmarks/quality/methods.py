@@ -20,14 +20,27 @@ from typing import Any
 import numpy as np
 import torch
 from lessons import Bench, Figures, Threshold, drawn_and_read, follows, opened, say, share
+from material import (
+    LIKED,
+    MASKED_PLACE,
+    as_dana,
+    colourless,
+    danas,
+    instance,
+    is_dana,
+    named,
+    painted,
+    pairs,
+    repainted,
+    silhouette,
+)
 from mutations import between
-from PIL import Image
 
 from gesso import stages
 from gesso.config import files
 from gesso.core import checkpoints, resolve
 from gesso.core.provenance import provenance
-from gesso.core.random import generator
+from gesso.metrics import Identity
 from gesso.micro import captions, judge, lessons, painter, score, world
 from gesso.micro.lessons import CHARACTER
 
@@ -40,10 +53,8 @@ less varied for it."""
 LONGER = "training.steps=600"
 GENTLY = "training.learning_rate=2.0e-3"
 PRESERVED = "objective={type: dreambooth, min_snr_gamma: 5}"
-LIKED, PAIRS = "blue", 200
-"""The colour that the preferred pictures have."""
-MASKED_PLACE = "red"
-"""Every masked picture has this behind the figure."""
+SHORT, IDENTITY = 150, "objective={min_snr_gamma: 5, identity: {weight: 0.3, timestep_high: 0.5}}"
+"""Steps after which a character is half learnt, and the identity loss that is to help."""
 
 COMMON = """\
 name: {name}
@@ -94,6 +105,10 @@ THRESHOLDS = (
     Threshold("place", least=0.80, of=("without a mask",), means="share of pictures with the place that was masked"),
     Threshold("place", most=0.30, of=("with a mask",), means="share of pictures with the place that was masked"),
     Threshold("rate", least=0.85, of=("with a mask",), means="share of pictures that show the character"),
+    Threshold(
+        "rate", least=0.85, of=("two characters",), means="share of pictures that show who was asked for, the worse"
+    ),
+    Threshold("mixed", most=0.05, of=("two characters",), means="share of pictures that show the other one"),
     Threshold("win_rate", least=0.75, of=("dpo",), means="share of prompts won against the base model, ties half"),
     Threshold("following_fall", most=0.03, of=("dpo",), means="by how much the share of followed prompts falls"),
     Threshold("win_rate", most=0.45, of=("dpo, labels reversed",), means="share of prompts won, ties half"),
@@ -111,6 +126,9 @@ class Methods(Bench):
             **{name: (lambda name=name: self.adapter(name)) for name in LEARNERS},
             "without a mask": lambda: self.mask("without a mask", "none"),
             "with a mask": lambda: self.mask("with a mask", "file"),
+            "two characters": self.two_characters,
+            "without identity loss": lambda: self.identity("without identity loss", []),
+            "with identity loss": lambda: self.identity("with identity loss", [IDENTITY]),
             "dpo": lambda: self.preference("dpo"),
             "dpo, labels reversed": lambda: self.preference("dpo, labels reversed"),
         }
@@ -193,6 +211,45 @@ class Methods(Bench):
 
         return self.trained(name, sources, [LONGER], figures)
 
+    def two_characters(self) -> Figures:
+        """Two people in one adapter, each by a word of their own: is each learnt, and neither like the other?"""
+        folder = self.folder("two characters")
+        rows = {
+            "aldar": CHARACTER.training(),
+            "dana": [(as_dana(scene), danas(t)) for scene, t in CHARACTER.training()],
+        }
+        sources = [{**painted(folder / who, of), "repeats": 4} for who, of in rows.items()]
+        sources.append(painted(folder / "others", lessons.others(2 * CHARACTER.others)))
+        prompts = CHARACTER.prompts(UNSEEN)
+
+        def figures(pipeline: Any) -> Figures:
+            his, hers = (drawn_and_read(pipeline, texts)[1] for texts in (prompts, list(map(danas, prompts))))
+            return {
+                "aldar": share([facts.is_aldar for facts in his]),
+                "dana": share([is_dana(facts) for facts in hers]),
+                "mixed": share([is_dana(f) for f in his] + [f.is_aldar for f in hers]),
+            }
+
+        found = self.trained("two characters", sources, ["training.steps=800"], figures)
+        return {**found, "rate": min(found["aldar"], found["dana"])}
+
+    def identity(self, name: str, sets: list[str]) -> Figures:
+        """A short lesson: does a loss on who is shown make the pictures more like him?"""
+        folder = self.folder(name)
+        sources = [{**painted(folder / "pictures", CHARACTER.training()), "repeats": 4}]
+        sources.append(painted(folder / "others", lessons.others(CHARACTER.others)))
+        texts = CHARACTER.prompts(UNSEEN)
+
+        def figures(pipeline: Any) -> Figures:
+            drawn, shown = drawn_and_read(pipeline, texts)
+            taught = [painter.paint(scene) for scene, _ in CHARACTER.training()]
+            return {
+                "similarity": float(np.mean(Identity().scores(drawn, taught))),
+                "rate": share([facts.is_aldar for facts in shown]),
+            }
+
+        return self.trained(name, sources, [f"training.steps={SHORT}", *sets], figures)
+
     def preference(self, name: str) -> Figures:
         """Pairs that differ in the colour alone, of which one is always preferred."""
         folder = self.folder(name) / "pairs"
@@ -254,71 +311,6 @@ class Methods(Bench):
         told = [e for e in map(json.loads, lines) if e["event"] == "Validated"]
         held_out = [[e["step"], round(e["loss"], 4), e["measures"]] for e in told]
         return {**found, "training_seconds": round(sum(seconds.values()), 1), "held_out": held_out}
-
-
-def instance(text: str) -> str:
-    """A caption of the character as DreamBooth writes it: the rare word, and the class."""
-    return text.replace("sks aldar", "sks person")
-
-
-def named(text: str, token: bool) -> str:
-    """A caption of the character with the new word, where there is one."""
-    return text.replace("sks aldar", "<aldar>") if token else text
-
-
-def painted(folder: Path, rows: Sequence[lessons.Captioned]) -> dict[str, Any]:
-    """Paint captioned pictures into a folder; returns it as a source."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, (scene, text) in enumerate(rows, start=1):
-        painter.paint(scene).save(folder / f"{i:02d}.png")
-        (folder / f"{i:02d}.txt").write_text(f"{text}\n", encoding="utf-8")
-    return {"path": str(folder.absolute())}
-
-
-def repainted(scene: world.Scene, **facts: str) -> world.Scene:
-    """The same scene with some other facts."""
-    return dataclasses.replace(scene, facts=dataclasses.replace(scene.facts, **facts))
-
-
-def silhouette(scene: world.Scene) -> Image.Image:
-    """White where the figure is: what does not change with the background."""
-    others = [np.asarray(painter.paint(repainted(scene, place=place))) for place in (MASKED_PLACE, "green", "blue")]
-    same = (others[0] == others[1]).all(2) & (others[0] == others[2]).all(2)
-    return Image.fromarray((same * 255).astype(np.uint8))
-
-
-def pairs(folder: Path, *, reverse: bool) -> None:
-    """Scenes painted twice, once in the colour that is liked; the captions name no colour."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for i, scene in enumerate(world.scenes(77, 10 * PAIRS)):
-        facts = scene.facts
-        if facts.style == "sepia" or facts.place in world.COLOURS or facts.hat_colour == LIKED:
-            continue
-        other = facts.colour
-        if other == LIKED:
-            other = world.pick(generator(77, "other", i), [c for c in world.COLOURS if c != LIKED])
-        names = [f"{len(rows):03d}{side}.png" for side in "ab"]
-        for file, colour in zip(names, (LIKED, other), strict=True):
-            painter.paint(dataclasses.replace(scene, facts=dataclasses.replace(facts, colour=colour))).save(
-                folder / file
-            )
-        chosen, rejected = reversed(names) if reverse else names
-        rows.append({"caption": without_colour(facts), "chosen": chosen, "rejected": rejected})
-        if len(rows) == PAIRS:
-            break
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def colourless(count: int) -> list[str]:
-    """Prompts of unseen scenes that name no colour."""
-    scenes = [s.facts for s in world.held_out_scenes(5, 20 * count)]
-    return [without_colour(f) for f in scenes if f.style == "flat" and f.place not in world.COLOURS][:count]
-
-
-def without_colour(facts: world.Facts) -> str:
-    """A caption of everything but the colour and the mood."""
-    return captions.caption(dataclasses.replace(facts, colour=None, expression=None), prefix="a photo of ")
 
 
 def table(figures: dict[str, Figures]) -> list[str]:
