@@ -159,11 +159,36 @@ def carry_out(
     with crash_log(folder), placed(loaded.origins):
         from gesso import stages
 
-        with Console() as console:
-            stages.train(loaded.run, resume=resume, accept=accept, emit=console.handle)
+        try:
+            with Console() as console:
+                stages.train(loaded.run, resume=resume, accept=accept, emit=console.handle)
+        finally:
+            _draw_curves(folder)
         if hub_repo is not None:
             stages.export(str(folder), format="diffusers", output=None, use_ema=None, hub_repo=hub_repo)
             typer.echo(f"pushed to https://huggingface.co/{hub_repo}")
+
+
+def _draw_curves(folder: Path) -> None:
+    """However a run ends; what ended it says more than why there is no picture of it."""
+    from gesso.core import curves
+    from gesso.core.folder import RunFolder
+
+    with contextlib.suppress(UserError, OSError):
+        typer.echo(f"  curves: {curves.write(RunFolder(folder))}")
+
+
+def draw_curves(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, also of a run that is going on.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The picture to write.  [default: RUN/curves.png]")
+    ] = None,
+) -> None:
+    """Draw the losses, the held-out measures and the learning rate of a run."""
+    from gesso.core import curves
+    from gesso.core.folder import RunFolder
+
+    typer.echo(f"wrote {curves.write(RunFolder(run), output)}")
 
 
 def show_config(run: RunFile, sets: Sets = []) -> None:  # noqa: B006 (typer copies it)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import json
 import shlex
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -16,13 +15,12 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from gesso.core.curves import draw
 from gesso.core.folder import RunFolder
 from gesso.micro import captions, world
 
 FIGURES, GRID, CURVES, PAGE, NOTES = "figures.json", "before_after.png", "curves.png", "report.html", "README.md"
 _NAME = captions.NAMES[world.ALDAR]
-_MEAN_OF = 25
-"""Steps that the running mean of the loss is over."""
 
 
 @dataclass(frozen=True)
@@ -165,44 +163,9 @@ def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 
 def curves(folder: Path, *, dark: bool) -> bytes:
-    """A PNG: training loss with its running mean and validation loss, and below them the learning rate."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    lines = RunFolder(folder / "run").events.read_text(encoding="utf-8").splitlines()
-    events: list[dict[str, Any]] = [json.loads(line) for line in lines]
-    trained = [e for e in events if e["event"] == "StepDone"]
-    checked = [(e["step"], e["loss"]) for e in events if e["event"] == "Validated"]
-    steps, losses = [e["step"] for e in trained], [e["loss"] for e in trained]
-    ink, faint, warm, cool = (
-        ("#e4e2dd", "#55555f", "#e8b440", "#82a8ff") if dark else ("#26262b", "#c6c6cc", "#bf8500", "#2d64d7")
-    )
-    figure = Figure(figsize=(8, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    above.plot(steps, losses, ".", color=faint, markersize=4, label="training, each step")
-    above.plot(steps, running_mean(losses), color=warm, label=f"training, mean of {_MEAN_OF} steps")
-    above.plot(*zip(*checked, strict=True), "o-", color=cool, markersize=4, label="validation: four pictures kept back")
-    above.set(ylabel="loss", ylim=(0, None))
-    above.legend(frameon=False, labelcolor=ink)
-    below.plot(steps, [e["learning_rate"] for e in trained], color=ink)
-    below.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
-    below.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    for axes in (above, below):
-        axes.tick_params(colors=ink)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(ink)
-        for label in (axes.xaxis.label, axes.yaxis.label, axes.yaxis.get_offset_text()):
-            label.set_color(ink)
-        axes.patch.set_alpha(0)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, facecolor=(0, 0, 0, 0) if dark else "white")
-    return buffer.getvalue()
-
-
-def running_mean(values: Sequence[float], width: int = _MEAN_OF) -> list[float]:
-    """The mean of the last `width` values at each place."""
-    return [sum(values[max(0, i + 1 - width) : i + 1]) / min(i + 1, width) for i in range(len(values))]
+    """A PNG with the losses of a demo's run."""
+    metrics = json.loads(RunFolder(folder / "run").metrics.read_text(encoding="utf-8"))
+    return draw(metrics, dark=dark, held_out="validation: four pictures kept back")
 
 
 # The page and the notes.
