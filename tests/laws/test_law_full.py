@@ -22,10 +22,13 @@ BF16 = {"training__precision": "bf16"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "float32 weights in bf16": {"adapter": BOTH, **BF16},
     "bf16 weights": {"adapter": BOTH | {"weights": "bf16"}, **BF16},
+    "bf16 weights, 8-bit moments": {
+        "adapter": BOTH | {"weights": "bf16"}, "training__optimizer": {"type": "adamw8bit"}, **BF16
+    },
     "bf16 weights of some layers": {"adapter": {"type": "full", "weights": "bf16", "targets": ["attn2"]}, **BF16},
     "text encoders alone": {"adapter": BOTH | {"train_denoiser": False}, **BF16},
     "checkpointing": {"adapter": BOTH, "training__gradient_checkpointing": True, **BF16},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

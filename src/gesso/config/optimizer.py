@@ -43,6 +43,8 @@ class Kind:
     """It looks for the learning rate by itself, so that ours is a factor on what it finds."""
     options: Mapping[str, Option] = field(default_factory=dict)
     """What we ask of it beside its defaults."""
+    paged: bool = False
+    """What it remembers moves to main memory where the GPU's is short."""
 
     @property
     def package(self) -> str:
@@ -54,10 +56,10 @@ class Kind:
         """Whether each weight's update depends on that weight alone."""
         return not (self.by_tensor or self.finds_rate or self.averages)
 
-    @property
-    def needs_gpu(self) -> bool:
-        """Whether it runs on CUDA only."""
-        return self.package == "bitsandbytes"
+    def runs_on(self, device: str) -> bool:
+        """Whether it can be used on a kind of device."""
+        known = ("cuda",) if self.paged else ("cuda", "cpu")
+        return self.package != "bitsandbytes" or device in known
 
 
 _OWN_RATE: Mapping[str, Option] = {"scale_parameter": False, "relative_step": False}
@@ -68,7 +70,7 @@ _USUAL, _LION, _LIBRARY = (0.9, 0.999), (0.9, 0.99), "pytorch_optimizer"
 KINDS: Mapping[str, Kind] = {
     "adamw": Kind("torch.optim.AdamW", _USUAL, 8, eps=1e-8),
     "adamw8bit": Kind("bitsandbytes.optim.AdamW8bit", _USUAL, 2, eps=1e-8),
-    "paged_adamw8bit": Kind("bitsandbytes.optim.PagedAdamW8bit", _USUAL, 2, eps=1e-8),
+    "paged_adamw8bit": Kind("bitsandbytes.optim.PagedAdamW8bit", _USUAL, 2, eps=1e-8, paged=True),
     "lion": Kind(f"{_LIBRARY}.Lion", _LION, 4),
     "lion8bit": Kind("bitsandbytes.optim.Lion8bit", _LION, 1),
     "adafactor": Kind(f"{_LIBRARY}.AdaFactor", (None, 0.999), 1, by_tensor=True, options=_OWN_RATE),
@@ -86,11 +88,11 @@ class Optimizer(Spec):
     """The optimiser and its constants. Each part of the model has one of its own."""
 
     type: Name | str = "adamw"
-    """A name, or the dotted path of a class, such as torch.optim.NAdam. The 8-bit ones need bitsandbytes and a GPU;
-    lion, adafactor, prodigy, dadapt, schedule_free, came and soap need pytorch-optimizer. prodigy and dadapt find the
-    learning rate themselves: set it to 1. schedule_free averages instead of lowering the rate; pictures, measurements
-    and files are of its average. muon (torch 2.9 or newer) makes the updates of matrices and convolutions orthogonal
-    and leaves the rest to adamw, at the same learning rate."""
+    """A name, or the dotted path of a class, such as torch.optim.NAdam. The 8-bit ones need bitsandbytes, and the paged
+    one a GPU too; lion, adafactor, prodigy, dadapt, schedule_free, came and soap need pytorch-optimizer. prodigy and
+    dadapt find the learning rate themselves: set it to 1. schedule_free averages instead of lowering the rate;
+    pictures, measurements and files are of its average. muon (torch 2.9 or newer) makes the updates of matrices and
+    convolutions orthogonal and leaves the rest to adamw, at the same learning rate."""
     beta1: float | None = Field(default=None, ge=0, lt=1)
     """Decay of the first moment. Empty: 0.9; soap 0.95; adafactor keeps none."""
     beta2: float | None = Field(default=None, ge=0, lt=1)

@@ -84,8 +84,8 @@ def _packages(run: RunConfig) -> Iterator[Finding]:
     if training.device == "cpu":
         if training.precision == "fp16":
             yield error("training.precision", "fp16 training needs a GPU", "use bf16 or fp32 on a CPU")
-        if optimizer.kind is not None and optimizer.kind.needs_gpu:
-            yield error(key, f"{optimizer.type} needs a GPU", "write adamw, lion or adafactor")
+        if optimizer.kind is not None and not optimizer.kind.runs_on("cpu"):
+            yield error(key, f"{optimizer.type} needs a GPU", "write adamw8bit, adamw or adafactor")
 
 
 def _stopping(run: RunConfig) -> Iterator[Finding]:

@@ -13,7 +13,7 @@ from gesso.errors import UserError
 from gesso.training import optim_state
 
 _OURS = frozenset({"params", "lr", "part", "names", "still"})
-_SHAPED = ("exp_avg", "exp_avg_sq", "momentum_buffer", "z", "s", "p0", "trained")
+_SHAPED = ("exp_avg", "exp_avg_sq", "momentum_buffer", "z", "s", "p0", "trained", "state1", "state2")
 
 
 @runtime_checkable
@@ -25,6 +25,14 @@ class Averaging(Protocol):
 
     def train(self) -> None:
         """Put back what trains."""
+
+
+@runtime_checkable
+class Paging(Protocol):
+    """An optimiser that says where its large tensors are to lie: those of bitsandbytes."""
+
+    def get_state_buffer(self, p: nn.Parameter, dtype: torch.dtype) -> Tensor:
+        """A tensor of the parameter's shape, in memory that can be paged out where it is a paged one."""
 
 
 class Members(torch.optim.Optimizer):
@@ -117,6 +125,9 @@ class Members(torch.optim.Optimizer):
             if trained is not None:
                 with torch.no_grad():
                     parameter.copy_(trained)
+            if isinstance(member, Paging):
+                for name in state.keys() & {"state1", "state2"}:
+                    state[name] = member.get_state_buffer(parameter, state[name].dtype).copy_(state[name])
             if state:
                 member.state[parameter] = state
 

@@ -155,9 +155,9 @@ def require(spec: Optimizer, *, device: str) -> type[torch.optim.Optimizer]:
     """The optimiser's class. Raises `ResourceError` if its package is missing, and `UserError` for a class that cannot
     be used here, on this device or with these options."""
     kind, path = spec.kind, spec.path
-    if kind is not None and kind.needs_gpu and device != "cuda":
-        what = f"{spec.type} runs on CUDA only, this run is on {device}"
-        raise UserError(what, where="training.optimizer.type", fix="set it to adamw, lion or adafactor")
+    if kind is not None and not kind.runs_on(device):
+        what = f"{spec.type} does not run on {device}"
+        raise UserError(what, where="training.optimizer.type", fix="set it to adamw or adafactor")
     package, _, name = path.rpartition(".")
     try:
         found = vars(importlib.import_module(package)).get(name)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gesso.config.optimizer import Optimizer
 from gesso.core.random import key
 from gesso.training import optim
-from gesso.training.members import Members
+from gesso.training.members import Members, Paging
 from gesso.training.optim import FlatGroup
 
 PIECE = 2**24
@@ -67,6 +67,12 @@ class _Rounded(torch.optim.Optimizer):
         piece.update(self._inner.step, generator)
         settings["updates"] += 1
         return loss
+
+    def get_state_buffer(self, p: nn.Parameter, dtype: torch.dtype) -> Tensor:
+        """Where the optimiser inside keeps a large tensor (see `Paging`)."""
+        if isinstance(self._inner, Paging):
+            return self._inner.get_state_buffer(p, dtype)
+        return torch.empty(p.shape, dtype=dtype, device=p.device)
 
 
 class _Piece:

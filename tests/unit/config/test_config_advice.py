@@ -83,7 +83,7 @@ def test_a_good_run_has_no_errors_and_leaves_nothing_behind(tmp_path: Path, run:
         (["training.device=cpu", "training.precision=fp16"], "training.precision", "fp16 training needs a GPU"),
         (["data.sources.0.missing_captions=trigger"], "data.sources.0.trigger", "there is no trigger word"),
         (["model.base=/nowhere/model"], "model.base", "there is no /nowhere/model"),
-        (["training.optimizer.type=adamw8bit"], "training.optimizer.type", "bitsandbytes is not installed -> pip"),
+        (["training.optimizer.type=paged_adamw8bit", "training.device=cpu"], "training.optimizer.type", "needs a GPU"),
         (["training.attention=xformers"], "training.attention", "xformers is not installed -> pip install xformers"),
         (["trackers.0.type=wandb"], "trackers.0.type", "wandb is not installed"),
     ],
