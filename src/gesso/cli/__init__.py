@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 
@@ -14,5 +15,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Their remarks are for programmers; what matters to a run is checked and told by us.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with reporting():
         app(arguments, prog_name="gesso")
