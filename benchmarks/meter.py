@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 START = "BENCHMARK_START"
 """Environment variable: `time.monotonic()` of the harness just before it started this process."""
@@ -51,12 +51,20 @@ class Meter:
         self.cpu: list[float] = []
         self.trained: dict[str, int] = {}
         self.training_peak = 0
+        self._depth = 0
 
     def install(self) -> None:
-        """Start stamping: every `torch.optim` optimiser reports here after its step."""
+        """Start stamping: every `torch.optim` optimiser reports here before and after its step."""
+        register_optimizer_step_pre_hook(self._enter)
         register_optimizer_step_post_hook(self._stamp)
 
+    def _enter(self, _optimizer: torch.optim.Optimizer, _args: object, _kwargs: object) -> None:
+        self._depth += 1
+
     def _stamp(self, optimizer: torch.optim.Optimizer, _args: object, _kwargs: object) -> None:
+        self._depth -= 1
+        if self._depth:  # one of several that are stepped together
+            return
         if not self.trained:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
