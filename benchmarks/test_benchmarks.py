@@ -145,3 +145,9 @@ def test_the_whole_harness_on_networks_of_no_size(tmp_path: Path) -> None:
     assert str(tmp_path) not in json.dumps(result)
     assert "gesso trained 13440 float32 parameters" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["peer.py", "results"]
+
+
+def test_every_seeded_fault_still_has_its_place_in_the_source() -> None:
+    command = [sys.executable, str(HERE / "quality" / "mutations.py"), "--places"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
