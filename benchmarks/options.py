@@ -4,8 +4,8 @@
     python benchmarks/options.py --only dora --rounds 2
 
 Every option trains the same SDXL-shaped model (`model.py`) in this process: they take turns, a step each, so that a
-busy moment of the machine hits all alike; the figure is the median over the rounds. Latents and text embeddings are
-cached beforehand where the option allows that.
+busy moment of the machine hits all alike; the figure is the median over the rounds of the ratio to that round's plain
+step. Latents and text embeddings are cached beforehand where the option allows that.
 """
 
 from __future__ import annotations
@@ -36,21 +36,31 @@ from gesso.training.session import Session
 HERE = Path(__file__).parent
 SIDE, PICTURES = 128, 8
 LORA: dict[str, Any] = {"type": "lora", "rank": 16}
+NEW = [{"token": "<new>", "initial": "man"}]
 OPTIONS: dict[str, dict[str, Any]] = {
     "lora": {},
     "lora, all linear layers": {"adapter": {**LORA, "targets": "all-linear"}},
     "lora, text encoders too": {"adapter": {**LORA, "train_text_encoders": True}},
+    "lora, convolutions too": {"adapter": {**LORA, "targets": "all", "conv_rank": 8}},
+    "lora, dropout": {"adapter": {**LORA, "dropout": 0.1}},
+    "lora, rank dropout": {"adapter": {**LORA, "rank_dropout": 0.1}},
+    "lora, module dropout": {"adapter": {**LORA, "module_dropout": 0.1}},
+    "lora, max norm": {"adapter": {**LORA, "max_norm": 1.0}},
+    "lora+": {"adapter": {**LORA, "lora_plus_ratio": 16}},
+    "lora, new words": {"adapter": {**LORA, "tokens": NEW}},
     "dora": {"adapter": {**LORA, "dora": True}},
     "loha": {"adapter": {"type": "loha", "rank": 8}},
     "lokr": {"adapter": {"type": "lokr", "rank": 8}},
     "oft": {"adapter": {"type": "oft", "block_size": 16}},
     "full": {"adapter": {"type": "full"}},
-    "textual inversion": {"adapter": {"type": "embedding", "tokens": [{"token": "<new>", "initial": "man"}]}},
+    "full, bf16": {"adapter": {"type": "full", "weights": "bf16"}, "training": {"precision": "bf16"}},
+    "textual inversion": {"adapter": {"type": "embedding", "tokens": NEW}},
     "dreambooth, class images": {"objective": {"type": "dreambooth"}},
     "dreambooth, prior of the model": {
         "objective": {"type": "dreambooth", "prior": "model", "class_prompt": "a photo of a thing"}
     },
     "dpo": {"objective": {"type": "dpo"}},
+    "ipo": {"objective": {"type": "dpo", "variant": "ipo"}},
     "identity loss": {"objective": {"identity": {"timestep_high": 1.0, "side": 64}}},
     "min-snr": {"objective": {"min_snr_gamma": 5}},
     "huber": {"objective": {"loss_type": "huber"}},
@@ -60,6 +70,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gradient checkpointing": {"training": {"gradient_checkpointing": True}},
     "accumulation of 2": {"training": {"accumulation": 2}},
     "encoded at every visit": {"data": {"encoding": "live"}},
+    "masks": {},
+    "8-bit adamw": {"training": {"optimizer": {"type": "adamw8bit"}}},
+    "adafactor": {"training": {"optimizer": {"type": "adafactor"}}},
+    "schedule-free": {"training": {"optimizer": {"type": "schedule_free"}}},
+    "d-adaptation": {"training": {"optimizer": {"type": "dadapt_adam"}}},
+    "came": {"training": {"optimizer": {"type": "came"}}},
+    "soap": {"training": {"optimizer": {"type": "soap"}}},
     "lion": {"training": {"optimizer": {"type": "lion"}}},
     "prodigy": {"training": {"optimizer": {"type": "prodigy"}}},
     "muon": {"training": {"optimizer": {"type": "muon"}}},
@@ -110,13 +127,9 @@ def main() -> int:
         models.build_model(base, size=models.SIZES[args.size])
         trainees = {name: ready(name, base, folder) for name in chosen}
         seconds = measure(trainees, args.rounds)
-    plain = statistics.median(seconds["lora"])
-    rows = {
-        name: {"seconds": round(statistics.median(some), 4), "ratio": round(statistics.median(some) / plain, 3)}
-        for name, some in seconds.items()
-    }
-    for name, row in rows.items():
-        print(f"{name:32} {row['seconds']:8.3f} s  {row['ratio']:6.2f}")
+    rows = {name: row(some, seconds["lora"]) for name, some in seconds.items()}
+    for name, found in rows.items():
+        print(f"{name:32} {found['seconds']:8.3f} s  {found['ratio']:6.2f}  ({found['from']:.2f} to {found['to']:.2f})")
     if not args.only:
         record = {
             "provenance": provenance(),
@@ -125,6 +138,18 @@ def main() -> int:
         }
         (HERE / "results" / "options.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def row(seconds: list[float], plain: list[float]) -> dict[str, float]:
+    """The median step, and how many plain steps of its own round it takes: the median, and the middle half."""
+    ratios = sorted(one / other for one, other in zip(seconds, plain, strict=True))
+    edge = len(ratios) // 4
+    return {
+        "seconds": round(statistics.median(seconds), 4),
+        "ratio": round(statistics.median(ratios), 3),
+        "from": round(ratios[edge], 3),
+        "to": round(ratios[-1 - edge], 3),
+    }
 
 
 def measure(trainees: dict[str, Trainee], rounds: int) -> dict[str, list[float]]:
@@ -160,14 +185,16 @@ def ready(name: str, base: Path, folder: Path) -> Trainee:
             values[section].update(content)
         else:
             values[section] = content
-    if name == "dpo":
-        values["data"]["sources"] = [{"path": str(folder / "pairs")}]
+    if name in ("dpo", "ipo"):
+        values["data"]["sources"][0]["path"] = str(folder / "pairs")
     elif name == "dreambooth, class images":
         values["data"]["sources"].append({"path": str(folder / "class"), "role": "prior"})
+    elif name == "masks":
+        values["data"]["sources"][0]["mask"] = "file"
     run = RunConfig.model_validate(values)
     place = RunFolder(run.folder)
     place.prepare()
-    runtime = Runtime.detect("fp32", "cpu")
+    runtime = Runtime.detect(run.training.precision, "cpu")
     data = stages.prepare(run, place, runtime, stages.ignore)
     session = Session.build(run, data.parts, runtime)
     session.policy.train()
@@ -189,6 +216,8 @@ def pictures(folder: Path) -> None:
         else:
             word = "<new> thing" if name == "pictures" else "thing"
             (folder / name / f"{i}.txt").write_text(f"a photo of a {word}", encoding="utf-8")
+        if name == "pictures":
+            picture.convert("L").save(folder / name / f"{i}-masklabel.png")
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "pairs" / "metadata.jsonl").write_text(lines, encoding="utf-8")
 
