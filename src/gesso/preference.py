@@ -13,14 +13,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from gesso import stages
+from gesso.config import problems
+from gesso.config.document import dotted
+from gesso.config.problems import Place
 from gesso.config.run import RunConfig, Source
 from gesso.core.batch import Batch, Geometry
 from gesso.core.events import Event, StepDone
@@ -29,11 +33,39 @@ from gesso.core.runtime import Precision, Runtime
 from gesso.data import sources
 from gesso.data.buckets import assign
 from gesso.data.images import decode_bytes, fit
-from gesso.errors import UserError
+from gesso.errors import Problems, UserError
 from gesso.training import loop
 from gesso.training.session import Session
 
 Item = dict[str, Any]
+
+_NAMES = {
+    "model.base": "pretrained_model_name_or_path",
+    "model.vae": "pretrained_vae_model_name_or_path",
+    "data.sources.0.path": "train_data_dir",
+    "data.resolution": "resolution",
+    "data.validation.fraction": "validation_fraction",
+    "data.workers": "dataloader_num_workers",
+    "data.cache": "cache_dir",
+    "name": "output_dir",
+    "output": "output_dir",
+    "adapter.rank": "rank",
+    "adapter.alpha": "lora_alpha",
+    "objective.beta": "beta_dpo",
+    "training.steps": "max_train_steps",
+    "training.batch_size": "train_batch_size",
+    "training.accumulation": "gradient_accumulation_steps",
+    "training.learning_rate": "learning_rate",
+    "training.schedule.type": "lr_scheduler",
+    "training.schedule.warmup": "lr_warmup_steps",
+    "training.precision": "mixed_precision",
+    "training.gradient_checkpointing": "gradient_checkpointing",
+    "training.device": "device",
+    "preview.prompts": "validation_prompts",
+    "checkpoint.every": "checkpointing_steps",
+    "seed": "seed",
+}
+"""What the keys of a run file are called in `TrainingConfig`, for messages."""
 
 
 @dataclass
@@ -56,7 +88,7 @@ class TrainingConfig:
     rank: int = 16
     lora_alpha: float | None = None
     use_lora: bool = True
-    mixed_precision: Precision = "fp16"
+    mixed_precision: Precision | Literal["no"] = "fp16"
     gradient_checkpointing: bool = True
     enable_xformers: bool = False
     use_8bit_adam: bool = False
@@ -75,43 +107,50 @@ class TrainingConfig:
 
     @property
     def run(self) -> RunConfig:
-        """The same as a run; raises pydantic's `ValidationError` for a value that cannot be."""
+        """The same as a run; raises `UserError` for a value that cannot be."""
+        try:
+            return RunConfig.model_validate(self._keys())
+        except ValidationError as error:
+            found = problems.translate(
+                error, locate=lambda path: Place("TrainingConfig", _NAMES.get(dotted(path))), foreign={}
+            )
+            raise (found[0] if len(found) == 1 else Problems(found)) from error
+
+    def _keys(self) -> dict[str, Any]:
         trackers: list[dict[str, Any]] = [{"type": "tensorboard"}]
         if self.use_wandb:
             trackers.append({"type": "wandb", **({"project": self.wandb_project} if self.wandb_project else {})})
         lora = {"type": "lora", "rank": self.rank, "alpha": self.lora_alpha}
-        return RunConfig.model_validate(
-            {
-                "name": Path(self.output_dir).name,
-                "output": self.output_dir,
-                "seed": self.seed,
-                "model": {"base": self.pretrained_model_name_or_path, "vae": self.pretrained_vae_model_name_or_path},
-                "data": {
-                    "sources": [{"path": self.train_data_dir}],
-                    "validation": {"fraction": self.validation_fraction},
-                    "resolution": self.resolution,
-                    "workers": self.dataloader_num_workers,
-                    "cache": self.cache_dir,
-                },
-                "adapter": lora if self.use_lora else {"type": "full"},
-                "objective": {"type": "dpo", "beta": self.beta_dpo},
-                "training": {
-                    "steps": self.max_train_steps,
-                    "batch_size": self.train_batch_size,
-                    "accumulation": self.gradient_accumulation_steps,
-                    "learning_rate": self.learning_rate,
-                    "schedule": {"type": self.lr_scheduler, "warmup": self.lr_warmup_steps},
-                    "optimizer": {"type": "adamw8bit" if self.use_8bit_adam else "adamw"},
-                    "precision": self.mixed_precision,
-                    "gradient_checkpointing": self.gradient_checkpointing,
-                    "attention": "xformers" if self.enable_xformers else "sdpa",
-                    "device": self.device,
-                },
-                "preview": {"prompts": list(self.validation_prompts)},
-                "checkpoint": {"every": self.checkpointing_steps},
-                "trackers": trackers,
-            }
-        )
+        return {
+            "name": Path(self.output_dir).name,
+            "output": self.output_dir,
+            "seed": self.seed,
+            "model": {"base": self.pretrained_model_name_or_path, "vae": self.pretrained_vae_model_name_or_path},
+            "data": {
+                "sources": [{"path": self.train_data_dir}],
+                "validation": {"fraction": self.validation_fraction},
+                "resolution": self.resolution,
+                "workers": self.dataloader_num_workers,
+                "cache": self.cache_dir,
+            },
+            "adapter": lora if self.use_lora else {"type": "full"},
+            "objective": {"type": "dpo", "beta": self.beta_dpo},
+            "training": {
+                "steps": self.max_train_steps,
+                "batch_size": self.train_batch_size,
+                "accumulation": self.gradient_accumulation_steps,
+                "learning_rate": self.learning_rate,
+                "schedule": {"type": self.lr_scheduler, "warmup": self.lr_warmup_steps},
+                "optimizer": {"type": "adamw8bit" if self.use_8bit_adam else "adamw"},
+                "precision": "fp32" if self.mixed_precision == "no" else self.mixed_precision,
+                "gradient_checkpointing": self.gradient_checkpointing,
+                "attention": "xformers" if self.enable_xformers else "sdpa",
+                "device": self.device,
+            },
+            "preview": {"prompts": list(self.validation_prompts)},
+            "checkpoint": {"every": self.checkpointing_steps},
+            "trackers": trackers,
+        }
 
 
 class DPODataset(Dataset[Item]):

@@ -254,7 +254,7 @@ def export(
     target: str,
     *,
     checkpoint: str | None = None,
-    format: Format | Literal["merged", "single-file"] = "diffusers",
+    format: Format | Literal["merged", "single-file"] | None = None,
     output: Path | None = None,
     use_ema: bool | None = None,
     precision: Precision | None = None,
@@ -263,14 +263,14 @@ def export(
 ) -> Path:
     """Write what a run or checkpoint holds: a LoRA as one file, a whole model as a folder or as one file.
 
-    An adapter becomes a whole model with "merged" (a diffusers folder) or "single-file".
-
-    Each is proven by loading it as its readers do. New words have a file each in a folder, beside the LoRA where there
-    is one. `precision` empty is fp16, and fp32 for words; `use_ema` empty takes what the run samples with. With
-    `hub_repo` a LoRA file is pushed with a model card.
+    An adapter becomes a whole model with "merged" (a diffusers folder) or "single-file"; `format` empty is what most
+    readers of its kind know. Each is proven by loading it as its readers do. New words have a file each in a folder,
+    beside the LoRA where there is one. `precision` empty is fp16, and fp32 for words; `use_ema` empty takes what the
+    run samples with. With `hub_repo` a LoRA file is pushed with a model card.
     """
     target = target if checkpoint is None else str(checkpoints.chosen(Path(target), checkpoint))
     run, weights = sampling.trained(target, use_ema=use_ema)
+    format = format or ("diffusers" if isinstance(run.adapter, Full | Embedding) else lora.suited(run.adapter))
     _refuse_push(run, format, hub_repo)
     runtime = Runtime.for_inference(run.training.precision, device or run.training.device)
     checkpoint_folder = weights.parent if weights.name == AVERAGE else weights
@@ -287,7 +287,7 @@ def export(
         return path
     if format in ("merged", "single-file") and run.tokens:
         what = "new words have no place in a model's own files"
-        raise UserError(what, where="--format", fix="leave it out, or write kohya for other programs")
+        raise UserError(what, where="--format", fix="leave it out: the words are written beside what else was trained")
     if isinstance(run.adapter, Embedding):
         _refuse_lora_options(format, hub_repo, "new words alone")
     parts = run.model.load({"denoiser", "text"}, dtype=runtime.dtype, device=runtime.device)
@@ -330,7 +330,7 @@ def _refuse_lora_options(format: str, hub_repo: str | None, trained: str) -> Non
         raise UserError(
             f"{format} is a format of LoRA files, and this run trained {trained}",
             where="--format",
-            fix="leave it out: a folder is written; or, of a whole model, write single-file",
+            fix="leave it out: a folder is written" + "; or write single-file" * ("model" in trained),
         )
     if hub_repo is not None:
         raise UserError(

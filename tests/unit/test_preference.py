@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -48,6 +49,18 @@ def config(tiny_base: Path, pictures: Path, encodings: Path, tmp_path: Path) -> 
         cache_dir=str(encodings),
         validation_prompts=("thing 1",),
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("mixed_precision", "half"), ("lr_scheduler", "cosin"), ("max_train_steps", 0), ("rank", "x")]
+)
+def test_a_wrong_value_is_named_as_the_script_names_it(config: TrainingConfig, name: str, value: Any) -> None:
+    with pytest.raises(UserError, match=f"TrainingConfig: {name} must be"):
+        DPOTrainer(dataclasses.replace(config, **{name: value}))
+
+
+def test_accelerates_word_for_float32(config: TrainingConfig) -> None:
+    assert dataclasses.replace(config, mixed_precision="no").run.training.precision == "fp32"
 
 
 def test_the_guides_script(config: TrainingConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import deque
@@ -96,6 +97,7 @@ def components_table(components: Sequence[Component]) -> list[str]:
         trained = f"{one.parameters:,}" if one.parameters else "frozen"
         rate = f"{one.learning_rate:g}" if one.parameters else "-"
         change = "?" if one.change is None else "0" if one.change == 0 else f"{one.change:.2%}"
+        change = "from 0" if one.change is not None and math.isinf(one.change) else change
         rows.append((one.part, trained, rate, change))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]

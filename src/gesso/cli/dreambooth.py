@@ -69,6 +69,8 @@ def class_images(
 
     Each picture has its caption beside it, so that the folder is a source with `role: prior` as it is.
     """
+    if not prompt.strip():
+        raise UserError("it is empty", where="--prompt", fix="say what the class is called: 'a photo of a person'")
     width, height = _size(size)
     chosen = precision_named(precision) if precision is not None else None
     from gesso.evaluation.class_images import Wanted

@@ -66,13 +66,13 @@ def export(
         str | None, typer.Option("--checkpoint", metavar="best|latest|STEP", help="Which checkpoint of a run folder.")
     ] = None,
     file_format: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--format",
             help="diffusers; for other programs kohya of an adapter, single-file of a whole model; merged, and "
-            "single-file of an adapter, put it into its base model.",
+            "single-file of an adapter, put it into its base model. Empty: what most read of its kind.",
         ),
-    ] = "diffusers",
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="The file, or the folder of a whole model.")
     ] = None,
@@ -88,14 +88,15 @@ def export(
     device: Annotated[str | None, typer.Option("--device", help="Where it is verified.")] = None,
 ) -> None:
     """Write what was trained: a LoRA as a file, a full fine-tune as either, new words as a folder. Verified."""
-    _one_of("--format", file_format, ("diffusers", "kohya", "merged", "single-file"))
+    if file_format is not None:
+        _one_of("--format", file_format, ("diffusers", "kohya", "merged", "single-file"))
     chosen = precision_named(precision) if precision is not None else None
     from gesso import stages
 
     path = stages.export(
         target,
         checkpoint=checkpoint,
-        format=cast(Literal["diffusers", "kohya", "merged", "single-file"], file_format),
+        format=cast(Literal["diffusers", "kohya", "merged", "single-file"] | None, file_format),
         output=output,
         use_ema=ema,
         precision=chosen,

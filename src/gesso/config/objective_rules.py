@@ -8,7 +8,7 @@ from gesso.config.findings import Finding, error, warning
 from gesso.config.run import RunConfig
 from gesso.core import recognition
 from gesso.core.weighting import Debiased, EpsilonLike
-from gesso.objectives import Denoise
+from gesso.objectives import DPO, Denoise
 from gesso.objectives.noising import Noising
 
 
@@ -16,9 +16,17 @@ def findings(run: RunConfig, *, predicts: str | None) -> Iterator[Finding]:
     """All of them; `predicts` is what the model answers, None where its files are not on this machine."""
     yield from _schedule(run, predicts)
     if isinstance(run.objective, Noising):
+        if isinstance(run.objective, DPO):
+            what = f"{run.objective.beta:g} counts as in Diffusion-DPO: mean error over the latent, beta / 2"
+            yield Finding(
+                "hint", "objective.beta", what, "numbers of other scripts: see the guide, preference training"
+            )
         yield from _noise(run.objective, zero_terminal=bool(run.model.zero_terminal_snr))
     if isinstance(run.objective, Denoise):
         yield from _distance(run.objective)
+        if run.objective.unmasked_weight and all(source.mask == "none" for source in run.data.sources):
+            what = "no source has a mask, so it has no effect"
+            yield error("objective.unmasked_weight", what, "set data.sources[].mask, or take it out")
         yield from _weighting(run.objective, predicts)
         if run.objective.identity is not None and (found := recognition.problem(run.objective.identity.model)):
             yield error(str(found.where), found.what, str(found.fix))

@@ -358,8 +358,8 @@ class RunConfig(Spec):
     model: AnyFamily = AnyFamily()
     data: Data
     adapter: AnyAdapter = LoRA()
-    """What is trained: low-rank matrices beside the weights (lora), the weights themselves (full), or only the vectors
-    of new words (embedding)."""
+    """What is trained: low-rank matrices beside the weights (lora) or something else beside them (loha, lokr, oft), the
+    weights themselves (full), or only the vectors of new words (embedding)."""
     objective: AnyObjective = Denoise()
     training: Training
     validation: Validation = Validation()

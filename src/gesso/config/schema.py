@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any, Literal, get_args, get_origin
@@ -102,4 +103,4 @@ def nearest(word: str, among: Iterable[str]) -> str | None:
 def first_sentence(info: FieldInfo) -> str:
     """A field's documentation up to its first full stop."""
     text = " ".join((info.description or "").split())
-    return text.split(". ")[0].rstrip(".")
+    return re.split(r"(?<!et al)\. ", text)[0].rstrip(".")

@@ -80,9 +80,16 @@ def _clip_vision(name: str, device: torch.device) -> Recogniser:
     import torch
     from torch.nn.functional import interpolate, normalize
     from transformers import CLIPVisionModelWithProjection
+    from transformers.utils import logging
 
     folder = resolve.locate(name, key="objective.identity.model")
-    network: Any = CLIPVisionModelWithProjection.from_pretrained(folder, dtype=torch.float32)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # it would tear ours apart
+    try:
+        network: Any = CLIPVisionModelWithProjection.from_pretrained(folder, dtype=torch.float32)
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     network = network.to(device).eval().requires_grad_(False)
     settings = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
     mean, std = (torch.tensor(settings[key], device=device).view(1, 3, 1, 1) for key in ("image_mean", "image_std"))

@@ -14,17 +14,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from gesso.adapters import OFT, LoRA
 from gesso.config.run import RunConfig
 from gesso.core.changes import Change, Pair, Rotation
 from gesso.core.folder import WEIGHTS, sync_folder, write_atomic
 from gesso.core.runtime import Precision, Runtime
-from gesso.core.seams import Attached, Family, Parts
+from gesso.core.seams import Adapter, Attached, Family, Parts
 from gesso.errors import ResourceError, UserError
 from gesso.export import kohya_tensors
 from gesso.export.about import About
@@ -32,7 +33,20 @@ from gesso.export.proof import AGREEMENT, DTYPES, Probe, deviation, probe
 from gesso.families import lora_file, lora_names
 from gesso.families.lora_file import Format, LoRAFile, read
 
-__all__ = ["About", "Format", "LoRAFile", "Probe", "Verified", "convert", "export", "probe", "read", "taken", "verify"]
+__all__ = [
+    "About",
+    "Format",
+    "LoRAFile",
+    "Probe",
+    "Verified",
+    "convert",
+    "export",
+    "probe",
+    "read",
+    "suited",
+    "taken",
+    "verify",
+]
 
 _ROUNDING = {torch.float32: (1e-6, 0.0), torch.float16: (2.0**-10, 2.0**-24), torch.bfloat16: (2.0**-8, 0.0)}
 """Relative and absolute change that a cast to each dtype may bring; fp16 loses small numbers absolutely."""
@@ -85,6 +99,14 @@ class Trained:
         path = folder / f"{self.run.name}.safetensors"
         self.write(path, format="kohya", precision="fp16", runtime=runtime)
         return {" and ".join(sorted(self.file.kinds)): path}
+
+
+def suited(adapter: Adapter) -> Literal["diffusers", "kohya", "merged"]:
+    """The format for a kind of adapter that is read by most: diffusers' where that has names for it."""
+    if isinstance(adapter, OFT):
+        return "merged"
+    lora = isinstance(adapter, LoRA) and not (adapter.dora and adapter.train_text_encoders)
+    return "diffusers" if lora else "kohya"
 
 
 def taken(adapter: Attached) -> LoRAFile:
@@ -149,7 +171,8 @@ def convert(
     if format == "diffusers":
         for layer, change in changes.items():
             if not isinstance(change, Pair):
-                raise _unnamed(change, "diffusers'", "--format kohya")
+                other = "merged" if isinstance(change, Rotation) else "kohya"
+                raise _unnamed(change, "diffusers'", f"--format {other}")
             if change.magnitude is not None and not layer.startswith("unet."):
                 raise _unnamed(change, "diffusers'", "--format kohya", of=" of text encoders")
             ready = lora_file.folded(change) if fold_alpha else change

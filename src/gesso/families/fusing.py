@@ -51,8 +51,11 @@ def fingerprint(fused: Sequence[Fused]) -> str:
     """What the contents and strengths of these files come to, to be put behind the hash of a model's own; maybe ""."""
     if not fused:
         return ""
-    files = [lora_file.locate(_place(one)) for one in fused]
-    return "".join(f" + {one.weight:g} {resolve.file_sha256(f)}" for one, f in zip(fused, files, strict=True))
+    return "".join(f" + {one.weight:g} {' '.join(map(resolve.file_sha256, _files(one)))}" for one in fused)
+
+
+def _files(one: Fused) -> list[Path]:
+    return lora_file.sources(_place(one))
 
 
 def _place(one: Fused) -> Path:

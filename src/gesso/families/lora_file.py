@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from gesso.core import resolve
 from gesso.core.changes import Change, Pair
 from gesso.errors import UserError
-from gesso.families import layer_tensors, lora_names
+from gesso.families import layer_tensors, lora_names, peft_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,9 +77,9 @@ class LoRAFile:
 def read(path: Path) -> LoRAFile:
     """Read an adapter from a `.safetensors` file, or from a folder that holds one, and recognise its format.
 
-    Known are LoRA and DoRA by diffusers' names (new and old), and LoRA, DoRA, LoHa and LoKr by those of kohya and
-    LyCORIS, with SGM or diffusers block names. Raises `UserError` for a file that is missing, damaged, incomplete,
-    empty of such layers, or of another kind (OFT, ...).
+    Known are LoRA and DoRA by diffusers' names (new and old) and in PEFT's folders, and LoRA, DoRA, LoHa and LoKr by
+    the names of kohya and LyCORIS, with SGM or diffusers block names. Raises `UserError` for a file that is missing,
+    damaged, incomplete, empty of such layers, or of another kind (OFT, ...).
     """
     from safetensors import SafetensorError, safe_open
 
@@ -94,6 +94,8 @@ def read(path: Path) -> LoRAFile:
         raise UserError(
             f"not a readable safetensors file ({str(error).splitlines()[0]})", where=str(file), fix="fetch it again"
         ) from error
+    if peft_folder.is_peft(keys):
+        tensors, metadata = peft_folder.as_diffusers(tensors, file)
     return parse(tensors, metadata, path=file)
 
 
@@ -115,8 +117,12 @@ def locate(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise UserError("there is no such LoRA file or folder", where=str(path), fix="check the path")
-    if (path / WEIGHTS).is_file():
-        return path / WEIGHTS
+    for name in (WEIGHTS, peft_folder.WEIGHTS):
+        if (path / name).is_file():
+            return path / name
+    if (path / "model_index.json").is_file():
+        fix = "give it as the model, and here a LoRA that goes on top"
+        raise UserError("this is a whole model, not a LoRA", where=str(path), fix=fix)
     files = sorted(path.glob("*.safetensors"))
     if len(files) == 1:
         return files[0]
@@ -129,7 +135,18 @@ def locate(path: Path) -> Path:
 def fetched(name: str, *, key: str) -> Path:
     """The file or folder that a name means; a hub model is fetched. `key` is for messages."""
     path = Path(name).expanduser()
-    return path if path.exists() else resolve.locate(name, patterns=["*.safetensors"], key=key)
+    if path.exists():
+        return path
+    if path.suffix == ".safetensors" or path.is_absolute() or name.startswith("."):
+        raise UserError(f"there is no {name}", where=key, fix="name a LoRA file, its folder or a hub id")
+    return resolve.locate(name, patterns=["*.safetensors", peft_folder.CONFIG], key=key)
+
+
+def sources(path: Path) -> list[Path]:
+    """The files that decide what `read` finds."""
+    file = locate(path)
+    config = file.with_name(peft_folder.CONFIG)
+    return [file, config] if file.name == peft_folder.WEIGHTS and config.is_file() else [file]
 
 
 def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, path: Path) -> LoRAFile:
@@ -222,6 +239,12 @@ def _check_names(keys: Collection[str], path: Path) -> None:
     unknown = [key for key in keys if not _known(key)]
     if not unknown:
         return
+    if set(keys) <= {"clip_l", "clip_g"}:
+        raise UserError(
+            "these are the vectors of a new word, not a LoRA",
+            where=str(path),
+            fix="sample from the run that made them, or use its bundled file",
+        )
     if kinds := layer_tensors.kinds(unknown):
         raise UserError(
             f"the file is {' and '.join(sorted(kinds))}, which is not read", where=str(path), fix="use a LoRA or LoKr"

@@ -73,8 +73,7 @@ def read(file: Path, part: str, *, config: Path, dtype: torch.dtype) -> Any:
 
     Raises `UserError` for weights that are absent, unreadable, of another shape or incomplete.
     """
-    import diffusers
-    from diffusers.loaders.single_file_utils import SingleFileComponentError
+    from diffusers.loaders.single_file_utils import SingleFileComponentError, create_diffusers_clip_model_from_ldm
     from safetensors import SafetensorError
 
     kind = model_folder.network_class(part)
@@ -83,14 +82,10 @@ def read(file: Path, part: str, *, config: Path, dtype: torch.dtype) -> Any:
             if part in ("unet", "vae"):
                 network = kind.from_single_file(str(file), config=str(config), subfolder=part, torch_dtype=dtype)
             else:
-                others: dict[str, Any] = dict.fromkeys(
-                    ["unet", "vae", "scheduler", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"]
+                # Of a whole file diffusers tells the encoders apart by their widths, which are equal in small models.
+                network = create_diffusers_clip_model_from_ldm(
+                    kind, _part(file, part), subfolder=part, config=str(config), torch_dtype=dtype
                 )
-                del others[part]
-                pipeline = diffusers.StableDiffusionXLPipeline.from_single_file(
-                    str(file), config=str(config), torch_dtype=dtype, **others
-                )
-                network = pipeline.components[part]
     except NotImplementedError as error:
         # This is how torch puts it when diffusers moves a tensor that got no data.
         raise model_folder.incomplete(part, [], file) from error
@@ -100,6 +95,14 @@ def read(file: Path, part: str, *, config: Path, dtype: torch.dtype) -> Any:
     if missing := sorted(name for name, tensor in tensors if tensor.is_meta):
         raise model_folder.incomplete(part, missing, file)
     return network
+
+
+def _part(file: Path, part: str) -> dict[str, torch.Tensor]:
+    """The tensors of one network, under their names in the file."""
+    from safetensors import safe_open
+
+    with safe_open(str(file), framework="pt") as handle:
+        return {key: handle.get_tensor(key) for key in handle.keys() if key.startswith(PREFIXES[part])}  # noqa: SIM118
 
 
 def _header(file: Path) -> tuple[set[str], dict[str, str]]:

@@ -9,6 +9,7 @@ import torch
 from adapter_helpers import CPU, KINDS, answer, fill, loaded
 from safetensors.torch import load_file
 
+from gesso.adapters import OFT, LoHa, LoKr, LoRA
 from gesso.core.runtime import Runtime
 from gesso.errors import UserError
 from gesso.export import lora
@@ -78,11 +79,19 @@ def test_the_names_are_those_that_others_read(tiny_base: Path, tmp_path: Path, k
             assert tensor.ndim == tensors[name.replace("dora_scale", "lora_down.weight")].ndim
 
 
-@pytest.mark.parametrize(("kind", "format"), [("lokr", "diffusers"), ("loha", "diffusers"), ("oft", "kohya")])
+@pytest.mark.parametrize(
+    ("kind", "format", "instead"),
+    [
+        ("lokr", "diffusers", "kohya"),
+        ("loha", "diffusers", "kohya"),
+        ("oft", "diffusers", "merged"),
+        ("oft", "kohya", "merged"),
+    ],
+)
 def test_a_format_without_names_for_it_is_refused(
-    tiny_base: Path, tmp_path: Path, kind: str, format: lora.Format
+    tiny_base: Path, tmp_path: Path, kind: str, format: lora.Format, instead: str
 ) -> None:
-    with pytest.raises(UserError, match="no names for"):
+    with pytest.raises(UserError, match=f"no names for[^|]*--format {instead}"):
         exported(tiny_base, kind, tmp_path / "thing.safetensors", format)
     assert not list(tmp_path.iterdir())
 
@@ -101,3 +110,16 @@ def test_a_changed_layer_is_noticed(tiny_base: Path, tmp_path: Path, monkeypatch
     with pytest.raises(UserError, match="is another one"):
         exported(tiny_base, "lokr", tmp_path / "thing.safetensors", "kohya")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_format_that_most_read() -> None:
+    """What is written where no format is named is never refused for lack of names."""
+    assert (
+        lora.suited(LoRA())
+        == lora.suited(LoRA(dora=True))
+        == lora.suited(LoRA(train_text_encoders=True))
+        == "diffusers"
+    )
+    assert lora.suited(LoHa()) == lora.suited(LoKr()) == "kohya"
+    assert lora.suited(LoRA(dora=True, train_text_encoders=True)) == "kohya"
+    assert lora.suited(OFT()) == "merged"

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import io
+import math
 
 import pytest
 
-from gesso.cli.console import Console, Tally, duration
+from gesso.cli.console import Console, Tally, components_table, duration
 from gesso.core.events import (
     Component,
     Failed,
@@ -139,3 +140,10 @@ def test_the_smoothed_loss_is_not_pulled_towards_zero_at_the_start() -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (65, "1:05"), (3600, "1:00:00")])
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_what_started_at_zero_went_no_share_of_it() -> None:
+    """As the rotations of OFT do, which begin at none."""
+    table = components_table([Component("unet", 12, 1e-4, math.inf), Component("vae", 0, 0.0, 0.0)])
+    assert [line.split()[-1] for line in table] == ["change", "0", "0"]
+    assert table[1].endswith("from 0")

@@ -85,6 +85,7 @@ def test_a_good_run_has_no_errors_and_leaves_nothing_behind(tmp_path: Path, run:
         (["model.base=/nowhere/model"], "model.base", "there is no /nowhere/model"),
         (["training.optimizer.type=paged_adamw8bit", "training.device=cpu"], "training.optimizer.type", "needs a GPU"),
         (["training.attention=xformers"], "training.attention", "xformers is not installed -> pip install xformers"),
+        (["objective.unmasked_weight=0.1"], "objective.unmasked_weight", "no source has a mask"),
         (["trackers.0.type=wandb"], "trackers.0.type", "wandb is not installed"),
     ],
 )

@@ -146,6 +146,13 @@ def test_a_trained_model_in_one_file_is_the_one_in_the_folder(
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".thing")]
 
 
+def test_text_encoders_that_are_equally_wide_are_told_apart(tmp_path: Path) -> None:
+    """As those of micro:sdxl are; diffusers by itself takes the second for another of the first's kind."""
+    family, file = SDXL(base="micro:sdxl"), tmp_path / "micro.safetensors"
+    write(file, family, load(family), Runtime(CPU, "fp32"))
+    same_networks(load(family), load(SDXL(base=str(file), config="micro:sdxl")))
+
+
 def test_the_header_says_what_it_is_and_equal_exports_are_equal_files(make_run: MakeRun, tmp_path: Path) -> None:
     folder = stages.train(make_run("thing", **FULL))
     one, two = (stages.export(str(folder), format="single-file", output=tmp_path / f"{i}.safetensors") for i in "ab")
