@@ -21,6 +21,8 @@ _BOUNDS = {
     "less_than_equal": ("le", "at most"),
     "less_than": ("lt", "below"),
 }
+_SHORT = ("path", "base", "token", "type")
+"""What a section with such a key is often given as, alone."""
 _KINDS = {
     "int": "a whole number",
     "float": "a number",
@@ -181,6 +183,11 @@ def _fix(path: KeyPath, items: Sequence[Mapping[str, Any]], given: Any) -> str:
         return f'put it in quotes: "{show(given)}"'
     if "bool" in kinds and isinstance(given, str) and given.lower() in ("yes", "no", "on", "off"):
         return f"write {'true' if given.lower() in ('yes', 'on') else 'false'}"
+    if "model" in kinds and isinstance(given, str):
+        # A section given as one word: usually the one key in it that matters.
+        inside = [key for key in _SHORT if schema.locate((*path, key))[1] is not None]
+        if inside:
+            return f"write {{{inside[0]}: {given}}}"
     near = schema.nearest(given, schema.choices(info.annotation)) if isinstance(given, str) and info else None
     if near:
         return f"did you mean {near}?"

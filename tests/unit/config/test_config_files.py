@@ -220,7 +220,13 @@ schedule: 3
             MINIMAL + "adapter: {type: ful}",
             "adapter.type must be one of lora, loha, lokr, oft, full, embedding, not 'ful' -> did you mean full?",
         ),
-        (MINIMAL + "adapter: full", "adapter must be a section with keys of its own, not 'full'"),
+        (
+            MINIMAL + "adapter: full",
+            "adapter must be a section with keys of its own, not 'full' -> write {type: full}",
+        ),
+        (MINIMAL + "model: micro:sdxl", "write {base: micro:sdxl}"),
+        ("data: {sources: [my photos]}\ntraining: {steps: 3}", "not 'my photos' -> write {path: my photos}"),
+        (MINIMAL + "model: {fuse: [a.safetensors]}", "not 'a.safetensors' -> write {path: a.safetensors}"),
         (
             MINIMAL + "adapter: {type: full, rank: 4}",
             "adapter.rank is only for type: lora or loha or lokr -> leave it out, or write",
