@@ -219,6 +219,7 @@ class DPOTrainer:
         self.config = config if config is not None else TrainingConfig()
         self.run = self.config.run
         self.metrics: list[dict[str, float]] = []
+        self.trained: Path | None = None
         self.setup_accelerator()
         self.setup_models()
         self.setup_data()
@@ -251,7 +252,8 @@ class DPOTrainer:
             if isinstance(event, StepDone):
                 self.log_metrics({"step": event.step, "loss": event.loss, "learning_rate": event.learning_rate})
 
-        return stages.train(self.run, resume=resume, emit=keep)
+        self.trained = stages.train(self.run, resume=resume, emit=keep)
+        return self.trained
 
     @cached_property
     def session(self) -> Session:
@@ -315,6 +317,9 @@ class DPOTrainer:
         """Write the weights trained so far by `train_step`, as diffusers' `load_lora_weights` reads them."""
         from safetensors.torch import save_file
 
+        if self.trained is not None and "session" not in self.__dict__:
+            what = "train has saved what it trained, and train_step trained nothing since"
+            raise UserError(what, where="save_checkpoint", fix=f"take a checkpoint of {self.trained}")
         adapter, target = self.session.adapter, Path(folder)
         layout = adapter.layout()
         state = {name: tensor.contiguous().cpu() for name, tensor in adapter.state().items()}
@@ -325,12 +330,20 @@ class DPOTrainer:
             (target / file).write_text(text, encoding="utf-8")
         return target
 
-    def generate_samples(self, prompts: Sequence[str], *, seed: int = 0, steps: int = 25) -> list[Image.Image]:
-        """A picture of each prompt with the weights as `train_step` left them."""
+    def generate_samples(self, prompts: Sequence[str] = (), *, seed: int = 0, steps: int = 25) -> list[Image.Image]:
+        """A picture of each prompt, or of `validation_prompts`, with what `train_step` or `train` left."""
+        from gesso.evaluation import models
         from gesso.evaluation import sample as sampling
 
-        side = self.config.resolution
+        prompts, side = prompts or self.config.validation_prompts, self.config.resolution
+        if not prompts:
+            raise UserError(
+                "there are no prompts", where="generate_samples", fix="give some, or set validation_prompts"
+            )
         shots = [sampling.Shot(text, "", seed + i, steps, 7.0, side, side) for i, text in enumerate(prompts)]
+        if self.trained is not None and "session" not in self.__dict__:
+            pipeline, _ = models.open_pipeline(str(self.trained), runtime=self.runtime)
+            return sampling.draw(pipeline, shots)
         with self.session.as_sampled():
             return sampling.draw(self.run.model.pipeline(self.session.parts), shots)
 

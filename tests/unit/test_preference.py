@@ -71,6 +71,11 @@ def test_the_guides_script(config: TrainingConfig) -> None:
     trainer.setup_optimization()
     folder = trainer.train()
     assert (folder / "checkpoint-3" / "pytorch_lora_weights.safetensors").is_file()
+    (drawn,) = trainer.generate_samples(seed=42, steps=25)
+    (preview,) = (folder / "samples" / "step-00000003").glob("*.png")
+    assert np.array_equal(np.asarray(drawn), np.asarray(Image.open(preview))), "the trained model's, not the base's"
+    with pytest.raises(UserError, match="train has saved what it trained"):
+        trainer.save_checkpoint(folder / "more")
     assert [entry["step"] for entry in trainer.metrics] == [1, 2, 3]
     assert trainer.metrics[0]["loss"] == pytest.approx(math.log(2), rel=1e-6)
 
