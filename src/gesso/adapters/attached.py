@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from gesso.adapters.layered import Layered, Placed
+from gesso.adapters.layered import TEXT_TARGETS, Layered, Placed, place
 from gesso.adapters.parts import Plain, copy_into
 from gesso.core.changes import Change
 from gesso.core.random import generator
-from gesso.core.seams import Layout
+from gesso.core.seams import Family, Layout, Parts
 from gesso.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,26 +27,41 @@ Draw = Callable[[str, tuple[int, ...], "np.random.Generator"], "NDArray[Any] | N
 """Start values of a parameter by its role and shape, from a generator of its own; None for zeros."""
 
 
-def inject(placed: Sequence[Placed], config: Callable[[Placed, list[str]], Any], *, targets: Sequence[str]) -> None:
-    """Put peft's layers in place; `config` makes peft's settings from a network and the names of its layers.
+def put(
+    spec: Layered,
+    parts: Parts,
+    family: Family,
+    text_encoders: Sequence[int],
+    *,
+    config: Callable[[Placed, list[str]], Any],
+    draw: Draw,
+    seed: int,
+) -> list[Placed]:
+    """Put peft's layers on the networks that train, with their start values; raises as `Layered.choose` does.
 
-    `targets` are the ends of names that say the same in short, and are used where they do.
+    `config` makes peft's settings from a network and the names of its layers.
     """
+    placed = place(spec, parts, family, text_encoders)
+    for one in placed:
+        _inject(one, config, targets=spec.names(family) if one.network is parts.denoiser else TEXT_TARGETS)
+        _start(one, f"{seed}/{one.part}", draw)
+    return placed
+
+
+def _inject(one: Placed, config: Callable[[Placed, list[str]], Any], *, targets: Sequence[str]) -> None:
+    """`targets` are the ends of names that say the same as the layers in short, and are used where they do."""
     from peft import inject_adapter_in_model
 
-    for one in placed:
-        if not one.choices:
-            continue
+    if one.choices:
         training = one.network.training
         inject_adapter_in_model(config(one, _names(one, targets)), one.network)
         one.network.train(training)  # peft's new layers would have their dropout on in any case
 
 
-def start(placed: Placed, stream: str, draw: Draw) -> None:
-    """Give all parameters of a network's adapter their start values, float32, from a key of (stream, layer, role).
+def _start(placed: Placed, stream: str, draw: Draw) -> None:
+    """Give all parameters of a network's adapter their start values, from a key of (stream, layer, role).
 
-    The dtype is float32 whatever the base
-    has: bf16 would lose every update below 1/256 of a weight.
+    They are float32 whatever the base is: bf16 would lose every update below 1/256 of a weight.
     """
     import torch
 

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from gesso.adapters import attached
 from gesso.adapters.attached import NAME, AttachedLayers
 from gesso.adapters.embedding import with_tokens
-from gesso.adapters.layered import TEXT_TARGETS, Choice, Placed, Ranked, Shape, place, whole
+from gesso.adapters.layered import Choice, Placed, Ranked, Shape, whole
 from gesso.core.changes import Pair
 from gesso.core.folder import WEIGHTS
 from gesso.core.seams import Attached, Family, Layout, Parts
@@ -81,11 +81,8 @@ class LoRA(Ranked):
         B starts at 0, so the networks first behave exactly as before; A is drawn from a key of (seed, layer). Raises
         `UserError` when a target or a pattern means no layer.
         """
-        placed = place(self, parts, family, text_encoders)
+        placed = attached.put(self, parts, family, text_encoders, config=self._config, draw=_draw, seed=seed)
         for one in placed:
-            targets = self.names(family) if one.network is parts.denoiser else TEXT_TARGETS
-            attached.inject([one], self._config, targets=targets)
-            attached.start(one, f"{seed}/{one.part}", _draw)
             for _, layer in attached.layers(one):
                 layer.rank_dropout, layer.module_dropout = self.rank_dropout, self.module_dropout
                 if self.dora:

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from gesso.adapters import attached
 from gesso.adapters.attached import NAME, AttachedLayers
-from gesso.adapters.layered import TEXT_TARGETS, Choice, Placed, Ranked, Shape, place, whole
+from gesso.adapters.layered import Choice, Placed, Ranked, Shape, whole
 from gesso.core.changes import Change, Hadamard, Kronecker
 from gesso.core.seams import Attached, Family, Parts
 
@@ -39,11 +39,8 @@ class _Lycoris(Ranked):
         """
         from gesso.adapters.modules import FASTER
 
-        placed = place(self, parts, family, text_encoders)
+        placed = attached.put(self, parts, family, text_encoders, config=self._config, draw=self._draw, seed=seed)
         for one in placed:
-            targets = self.names(family) if one.network is parts.denoiser else TEXT_TARGETS
-            attached.inject([one], self._config, targets=targets)
-            attached.start(one, f"{seed}/{one.part}", self._draw)
             for _, layer in attached.layers(one):
                 layer.__class__ = FASTER[type(layer)]
         return _AttachedLycoris(self, placed)

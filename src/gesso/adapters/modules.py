@@ -9,10 +9,8 @@ from peft.tuners import loha, lokr, lora
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gesso.adapters.attached import NAME
 from gesso.core.fused import LoRALinear
-
-NAME = "default"
-"""The name of the one adapter there is."""
 
 
 class LoRALayer:

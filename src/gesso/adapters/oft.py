@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from gesso.adapters import attached
 from gesso.adapters.attached import NAME, AttachedLayers
-from gesso.adapters.layered import TEXT_TARGETS, Choice, Layered, Placed, Shape, place
+from gesso.adapters.layered import Choice, Layered, Placed, Shape
 from gesso.core.changes import Rotation
 from gesso.core.seams import Attached, Family, Parts
 from gesso.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class OFT(Layered):
@@ -56,7 +60,7 @@ class OFT(Layered):
         parts: Parts,
         family: Family,
         *,
-        seed: int,  # noqa: ARG002 (all rotations start at none)
+        seed: int,
         text_encoders: Sequence[int] = (),
         reference: bool = False,  # noqa: ARG002 (the base is under the adapter, so it costs nothing)
     ) -> Attached:
@@ -66,11 +70,7 @@ class OFT(Layered):
         transposed in memory. Raises `UserError` when a target or a pattern means no layer, or a layer cannot be cut
         into such blocks.
         """
-        placed = place(self, parts, family, text_encoders)
-        for one in placed:
-            targets = self.names(family) if one.network is parts.denoiser else TEXT_TARGETS
-            attached.inject([one], self._config, targets=targets)
-            attached.start(one, "", lambda role, shape, numbers: None)  # noqa: ARG005
+        placed = attached.put(self, parts, family, text_encoders, config=self._config, draw=_draw, seed=seed)
         return AttachedOFT(self, placed)
 
     def _choice(self, name: str, shape: Shape) -> Choice:  # noqa: ARG002
@@ -85,6 +85,11 @@ class OFT(Layered):
             use_cayley_neumann=not self.exact,
             target_modules=names,
         )
+
+
+def _draw(role: str, shape: tuple[int, ...], numbers: np.random.Generator) -> NDArray[Any] | None:  # noqa: ARG001
+    """All rotations start at none."""
+    return None
 
 
 class AttachedOFT(AttachedLayers):
