@@ -18,7 +18,8 @@ def prepare(parts: Parts, training: Training) -> None:
     if training.gradient_checkpointing:
         parts.denoiser.enable_gradient_checkpointing()
         for encoder in parts.text_encoders:
-            encoder.gradient_checkpointing_enable()
+            # The other kind, which older transformers have by default, gives nothing to weights whose input is frozen.
+            encoder.gradient_checkpointing_enable({"use_reentrant": False})
     if training.attention == "xformers":
         _use_xformers(parts.denoiser)
 
