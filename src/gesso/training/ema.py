@@ -15,6 +15,8 @@ from gesso.config.run import EMA
 from gesso.errors import UserError
 from gesso.training.optim import FlatGroup
 
+_PIECE = 2**24
+
 
 class Average:
     """The running average of some flat groups."""
@@ -31,7 +33,9 @@ class Average:
         """Move towards the weights after optimiser step number `finished_steps` (1-based)."""
         decay = self._spec.decay_at(finished_steps)
         for shadow, group in zip(self._shadows, self._groups, strict=True):
-            shadow.lerp_(group.flat.to(shadow), 1 - decay)
+            # In pieces: float64 copies of all weights at once would be as large as the shadow itself.
+            for average, weights in zip(shadow.split(_PIECE), group.flat.detach().split(_PIECE), strict=True):
+                average.lerp_(weights.to(average), 1 - decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
