@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 from gesso import stages
 from gesso.cli.app import app
 from gesso.core.events import Event, StepDone
-from gesso.errors import UserError
+from gesso.errors import Problems, UserError
 from gesso.sweep import axes, results
 from gesso.sweep.axes import Axis
 from gesso.sweep.engine import Sweep
@@ -222,6 +223,15 @@ def search(run_file: Path, folder: Path, trials: int) -> Sweep:
 
     over = (axes.parse("training.learning_rate=1e-5..1e-2"), axes.parse("adapter.rank=2,4"))
     return Sweep(lambda sets: files.load(run_file, sets=sets), folder, over, search="optuna", trials=trials)
+
+
+def test_a_search_checks_every_profile_before_it_starts(run_file: Path, tmp_path: Path) -> None:
+    made = search(run_file, tmp_path / "profiles", 3)
+    sound = replace(made, profiles={"one": ["training.steps=2"], "two": ["training.steps=3"]})
+    sound.check()
+    wrong = replace(sound, profiles=dict(sound.profiles) | {"two": ["training.text_encoder_stop=5"]})
+    with pytest.raises(Problems, match="two"):
+        wrong.check()
 
 
 def test_a_search_goes_on_exactly_and_comes_closer(

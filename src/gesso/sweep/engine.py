@@ -111,10 +111,12 @@ class Sweep:
         return results.read(trial, folder.path, message=message)
 
     def _corners(self) -> Iterator[Trial]:
-        """Runs that have every listed value and both ends of every range, to check a search by."""
+        """Runs that have every profile, every listed value and both ends of every range, to check a search by."""
         first = {axis.key: axis.values[0] if axis.values else _text(axis, axis.low) for axis in self.axes}
         first |= {"profile": next(iter(self.profiles))} if self.profiles else {}
         yield over.trial(first, self.profiles)
+        for name in list(self.profiles)[1:]:
+            yield over.trial(first | {"profile": name}, self.profiles)
         for axis in self.axes:
             for value in axis.values[1:] or [_text(axis, axis.high)]:
                 if value != first[axis.key]:
