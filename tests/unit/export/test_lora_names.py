@@ -3,44 +3,14 @@
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from gesso.errors import UserError
-from gesso.families import lora_names
-
-
-def sdxl_unet() -> UNet2DConditionModel:
-    with torch.device("meta"):
-        return UNet2DConditionModel(
-            sample_size=128,
-            block_out_channels=(320, 640, 1280),
-            layers_per_block=2,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )
+from gesso.families import lora_names, sdxl_layers
 
 
 @pytest.fixture(scope="module")
 def names() -> dict[str, str]:
-    def text(cls: type, layers: int, width: int) -> torch.nn.Module:
-        config = CLIPTextConfig(
-            hidden_size=width, num_hidden_layers=layers, intermediate_size=4 * width, num_attention_heads=8
-        )
-        with torch.device("meta"):
-            return cls(config)
-
-    encoders = {
-        "text_encoder": text(CLIPTextModel, 12, 768),
-        "text_encoder_2": text(CLIPTextModelWithProjection, 32, 1280),
-    }
-    return lora_names.kohya(lora_names.modules({"unet": sdxl_unet(), **encoders}))
+    return lora_names.kohya(sdxl_layers.published())
 
 
 def test_sdxl_has_kohyas_722_72_and_192_modules(names: dict[str, str]) -> None:
