@@ -118,7 +118,12 @@ def _learn(
         if data.previewer is not None:
             _draw_previews(session, data.previewer, runtime, data.vae_home, step, tell)
 
+    saved: list[int] = []
+
     def save(step: int) -> None:
+        if step in saved:  # the best so far is saved as soon as it is measured
+            return
+        saved.append(step)
         began = time.monotonic()
         path = store.save(session.snapshot(identity))
         tell(Saved(step, str(path), time.monotonic() - began))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from gesso import stages
 from gesso.core import checkpoints
-from gesso.core.events import Event, Finished, StepDone, Validated
+from gesso.core.events import Event, Finished, Saved, StepDone, Validated
 from gesso.errors import UserError
 from gesso.training.session import Session
 from run_helpers import MakeRun, checkpoint_bytes
@@ -63,10 +63,11 @@ def test_a_run_ends_when_validation_gets_no_better_and_resumes_to_the_same_end(
 def test_the_best_step_is_saved_whatever_the_interval_and_outlives_the_newer_ones(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scripted(monkeypatch, [0.1, 0.5, 0.6, 0.2, 0.7, 0.3, 0.4, 0.4, 0.4])
+    scripted(monkeypatch, [0.1, 0.5, 0.4, 0.2, 0.7, 0.3, 0.4, 0.4, 0.4])
     run = make_run("run", checkpoint={"every": 2, "keep_last": 1, "keep_best": "loss"}, **HELD)
     told: list[Event] = []
     folder = stages.train(run, emit=told.append)
+    assert [event.step for event in told if isinstance(event, Saved)] == [1, 2, 3, 4, 6, 8], "each once"
     assert list(checkpoints.listed(folder)) == [3, 8], "step 0 is the base model, and is no checkpoint"
     assert checkpoints.chosen(folder, "best") == folder / "checkpoint-3"
     assert checkpoints.chosen(folder, "latest") == folder / "checkpoint-8"
