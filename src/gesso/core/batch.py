@@ -64,8 +64,10 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
-        text = None if self.text is None else {k: v.to(device, non_blocking=True) for k, v in self.text.items()}
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if k in _TENSORS and v is not None}
+        # Elsewhere than on CUDA a copy that nobody waits for may be read before it is there.
+        soon = str(device).startswith("cuda")
+        text = None if self.text is None else {k: v.to(device, non_blocking=soon) for k, v in self.text.items()}
+        moved = {k: v.to(device, non_blocking=soon) for k, v in vars(self).items() if k in _TENSORS and v is not None}
         return replace(self, text=text, **moved)
 
 

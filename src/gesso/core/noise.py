@@ -142,7 +142,7 @@ class DDPM:
 
     def _look_up(self, table: Tensor, t: Tensor) -> Tensor:
         """Entries of a float64 table as float32 on t's device, which may not know float64."""
-        return table.float().to(t.device)[t]
+        return table.float().to(t.device, non_blocking=t.device.type == "cuda")[t]
 
 
 @dataclass(frozen=True)

@@ -71,9 +71,9 @@ class DreamBooth(Denoise):
         import torch
 
         usual = super().target(policy, batch, noisy=noisy, noise=noise, t=t)
-        prior = torch.tensor([role == "prior" for role in batch.roles], device=usual.device)
-        if self.prior == "images" or not prior.any():
+        if self.prior == "images" or "prior" not in batch.roles:
             return usual
+        prior = torch.tensor([role == "prior" for role in batch.roles], device=usual.device)
         with torch.no_grad(), policy.reference():
             before = policy.predict(noisy, t, policy.condition(batch)).float()
         return torch.where(prior.view(-1, 1, 1, 1), before, usual)
