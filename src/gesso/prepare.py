@@ -25,7 +25,7 @@ from gesso.errors import UserError
 from gesso.evaluation import class_images, preview
 from gesso.evaluation import sample as sampling
 from gesso.evaluation.preview import Previewer
-from gesso.training.session import text_encoder_rates, text_type
+from gesso.training.session import network_types, text_encoder_rates
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def prepare(
     total = run.training.total_steps(plan.steps_per_epoch)
     hashes = {"data": index.fingerprint} | {name: family.fingerprint(name) for name in ("denoiser", "vae", "text")}
 
-    parts = family.load({"vae", "text"}, dtype=text_type(run, runtime), device=runtime.device)
+    parts = family.load({"vae", "text"}, dtype=network_types(run, runtime)[1], device=runtime.device)
     steps = range(total)
     tokenizers = family.taught(parts.tokenizers, run.tokens)
     for notice in new_words.notices(

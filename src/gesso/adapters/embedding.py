@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from gesso.adapters.parts import Plain, copy_into
-from gesso.core.seams import Attached, Family, Layout, Parts, Spec
+from gesso.adapters.parts import Beside, Plain, copy_into
+from gesso.core.seams import Attached, Family, Layout, Parts
 from gesso.core.tokens import NewToken, NewTokens
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ TOKENS = "tokens"
 """What the vectors of new tokens are called among the parts that train."""
 
 
-class Embedding(Spec):
+class Embedding(Beside):
     """Vectors of new words alone, with the whole model frozen: textual inversion (Gal et al. 2022)."""
 
     type: Literal["embedding"] = "embedding"

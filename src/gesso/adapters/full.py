@@ -64,6 +64,11 @@ class Full(Spec):
 
         return torch.bfloat16 if self.weights == "bf16" else torch.float32
 
+    def types(self, dtype: torch.dtype, *, text_encoders: bool) -> tuple[torch.dtype, torch.dtype]:
+        """Networks that train are loaded in the type that they are kept in, the others in `dtype`."""
+        own = self.dtype()
+        return own if self.train_denoiser else dtype, own if text_encoders else dtype
+
     def attach(
         self, parts: Parts, family: Family, *, seed: int, text_encoders: Sequence[int] = (), reference: bool = False
     ) -> AttachedFull:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, model_validator
 
-from gesso.adapters.parts import prefix, trained_networks
-from gesso.core.seams import Family, Parts, Spec
+from gesso.adapters.parts import Beside, prefix, trained_networks
+from gesso.core.seams import Family, Parts
 from gesso.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Choice:
     alpha: float
 
 
-class Layered(Spec, ABC):
+class Layered(Beside, ABC):
     """An adapter on some layers of the denoiser, and of the text encoders by choice."""
 
     targets: Literal["attention", "attention-mlp", "all-linear", "all"] | tuple[str, ...] = "attention"

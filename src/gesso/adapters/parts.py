@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-from gesso.core.seams import Family, Parts
+from gesso.core.seams import Family, Parts, Spec
 from gesso.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from gesso.core.changes import Change
+
+
+class Beside(Spec):
+    """What adapters say whose own weights stand beside those of the networks, which stay as they are."""
+
+    def at(self, learning_rate: float) -> Self:  # noqa: ARG002
+        """The same at any learning rate of the denoiser."""
+        return self
+
+    def types(self, dtype: torch.dtype, *, text_encoders: bool) -> tuple[torch.dtype, torch.dtype]:  # noqa: ARG002
+        """The networks are loaded in the type that they compute in."""
+        return dtype, dtype
 
 
 class Plain:

@@ -234,6 +234,17 @@ class Adapter(Protocol):
         """Whether text encoders train; then text embeddings are not cached."""
         ...
 
+    def at(self, learning_rate: float) -> Adapter:
+        """What is left to train at this learning rate of the denoiser, which may be 0."""
+        ...
+
+    def types(self, dtype: torch.dtype, *, text_encoders: bool) -> tuple[torch.dtype, torch.dtype]:
+        """What the denoiser and the text encoders are to be loaded in; `dtype` is what networks compute in.
+
+        `text_encoders` says whether any of these trains.
+        """
+        ...
+
     def attach(
         self, parts: Parts, family: Family, *, seed: int, text_encoders: Sequence[int] = (), reference: bool = False
     ) -> Attached:

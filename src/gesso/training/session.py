@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gesso.adapters import TOKENS, Full
+from gesso.adapters import TOKENS
 from gesso.config.run import RunConfig
 from gesso.core import history
 from gesso.core.batch import Batch
@@ -48,15 +48,14 @@ class Session:
         With `fresh` the adapter reads what it starts from; without, `restore` comes next.
         """
         rates = text_encoder_rates(run)
-        dtype = denoiser_type(run, runtime)
+        dtype, text_dtype = network_types(run, runtime)
         parts.denoiser = run.model.load({"denoiser"}, dtype=dtype, device=runtime.device).denoiser
         memory.prepare(parts, run.training)
-        spec = run.adapter.at(run.training.learning_rate) if isinstance(run.adapter, Full) else run.adapter
-        adapter = spec.attach(
+        adapter = run.adapter.at(run.training.learning_rate).attach(
             parts, run.model, seed=run.seed, text_encoders=tuple(rates), reference=run.objective.reference
         )
         known = _begin(adapter, fresh=fresh)
-        if {dtype, text_type(run, runtime)} != {runtime.dtype}:
+        if {dtype, text_dtype} != {runtime.dtype}:
             for network in (parts.denoiser, *parts.text_encoders):
                 runtime.autocast(network)
         denoiser, *encoders = run.model.part_names
@@ -246,15 +245,7 @@ def text_encoder_rates(run: RunConfig) -> dict[int, float]:
     return {i: rate for i, rate in enumerate(each) if rate > 0}
 
 
-def denoiser_type(run: RunConfig, runtime: Runtime) -> torch.dtype:
-    """What the denoiser is loaded in: weights that train themselves in the type they are kept in."""
-    if isinstance(run.adapter, Full) and run.adapter.at(run.training.learning_rate).train_denoiser:
-        return run.adapter.dtype()
-    return runtime.dtype
-
-
-def text_type(run: RunConfig, runtime: Runtime) -> torch.dtype:
-    """The same for the text encoders, all of them alike."""
-    if isinstance(run.adapter, Full) and text_encoder_rates(run):
-        return run.adapter.dtype()
-    return runtime.dtype
+def network_types(run: RunConfig, runtime: Runtime) -> tuple[torch.dtype, torch.dtype]:
+    """What the denoiser and the text encoders are loaded in."""
+    spec = run.adapter.at(run.training.learning_rate)
+    return spec.types(runtime.dtype, text_encoders=bool(text_encoder_rates(run)))
