@@ -8,6 +8,7 @@ prints what happened, as JSON: torch knows one such device a process, and for go
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -58,14 +59,17 @@ class Mode(FakeTensorMode):
     """Tensors without numbers; what asks the device for a number gets 1, and is counted."""
 
     asked = 0
+    yes = False
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             self._count(args[0])
-            return 1.0 if args[0].is_floating_point() else int(args[0].dtype != torch.bool)
+            self.yes = not self.yes  # so that dropout leaves out some layers, whichever way it asks
+            return self.yes if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
         if func is torch.ops.aten.nonzero.default:
             self._count(args[0])
-            return torch.zeros((1, args[0].ndim), dtype=torch.int64, device=args[0].device)
+            with self:
+                return torch.zeros((1, args[0].ndim), dtype=torch.int64, device=args[0].device)
         if func is torch.ops.aten._to_copy.default and str((kwargs or {}).get("device")) == "cpu":
             self._count(args[0])
         return super().dispatch(func, types, args, kwargs or {})
@@ -206,4 +210,5 @@ def main(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))))
+    print(json.dumps(main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))), flush=True)
+    os._exit(0)  # autograd's thread for the device does not end by itself

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from gesso.micro.models import Size, build_sdxl
 from run_helpers import settings
 
 _TOKENS = [{"token": "<new>", "initial": "thing", "vectors": 2, "keep_norm": True}]
@@ -23,7 +24,6 @@ RUNS: dict[str, dict[str, Any]] = {
             "rank_dropout": 0.1, "module_dropout": 0.1, "lora_plus_ratio": 4, "max_norm": 1.0,
         },
         "objective": {"type": "denoise", "loss_type": "huber", "huber_schedule": "snr", **_NOISE},
-        "training__gradient_checkpointing": True,
     },
     "dora, dpo": {
         "adapter": {"type": "lora", "rank": 2, "dora": True, "dropout": 0.1},
@@ -51,7 +51,11 @@ RUNS: dict[str, dict[str, Any]] = {
         "training__text_encoder_learning_rates": [1e-4, 0],
     },
     "full, bf16": {"adapter": {"type": "full", "weights": "bf16", "targets": "attention"}},
-    "lora, new words": {"adapter": {"type": "lora", "rank": 2, "tokens": _TOKENS}, "model__prompt_weights": True},
+    "lora, new words": {
+        "adapter": {"type": "lora", "rank": 2, "train_text_encoders": True, "tokens": _TOKENS},
+        "model__prompt_weights": True,
+        "training__gradient_checkpointing": True,
+    },
     "muon": {"adapter": {"type": "lora", "rank": 16}, "training__optimizer": {"type": "muon"}},
     "identity": {"objective": {"type": "denoise", "identity": {"side": 32}}},
 }  # fmt: skip
@@ -60,15 +64,17 @@ ASKED = {"identity": 3}
 identity loss computes, so it has to know."""
 
 
-def test_every_kind_of_run_stays_on_the_device_and_asks_for_two_numbers_a_step(tiny_base: Path, tmp_path: Path) -> None:
+def test_every_kind_of_run_stays_on_the_device_and_asks_for_two_numbers_a_step(tmp_path: Path) -> None:
+    base = build_sdxl(
+        tmp_path / "base",
+        size=Size(unet_channels=(16, 32), unet_layers=1, unet_transformers=(1, 1), unet_heads=(2, 2)),
+    )
     shared = {
         "training__precision": "bf16",
         "training__steps": 1,
         "training__optimizer": {"type": "adamw", "options": {"fused": True}},  # as on a real GPU
     }
-    runs = {
-        name: settings("run", tiny_base, tmp_path, tmp_path, tmp_path, {**shared, **own}) for name, own in RUNS.items()
-    }
+    runs = {name: settings("run", base, tmp_path, tmp_path, tmp_path, {**shared, **own}) for name, own in RUNS.items()}
     (tmp_path / "runs.json").write_text(json.dumps(runs))
     program = Path(__file__).with_name("imaginary_gpu.py")
     done = subprocess.run(
@@ -80,4 +86,6 @@ def test_every_kind_of_run_stays_on_the_device_and_asks_for_two_numbers_a_step(t
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
+    errors = [f"{name}: {error}" for name, error in found.items() if isinstance(error, str)]
+    assert not errors, "\n".join(errors)
     assert found == {name: ASKED.get(name, 2) for name in RUNS}

@@ -149,8 +149,8 @@ class Custom(Distribution):
         below = torch.from_numpy(self._below()).to(p)
         count = len(self.weights)
         # Of several points with the same share below, the last one is meant: a stretch of weight 0 is jumped over.
-        i = torch.searchsorted(below, p.contiguous(), right=True).clamp(1, count) - 1
-        i = torch.minimum(i, i.new_tensor(max(n for n, weight in enumerate(self.weights) if weight > 0)))
+        last = max(n for n, weight in enumerate(self.weights) if weight > 0)
+        i = (torch.searchsorted(below, p.contiguous(), right=True) - 1).clamp(0, last)
         share = ((p - below[i]) / (below[i + 1] - below[i])).clamp(0, 1)
         return (i + share) / count
 

@@ -39,7 +39,7 @@ class IdentityLoss(Spec):
         """Of each sample, [B] float32; 0 where its timestep has too much noise or no face is found."""
         import torch
 
-        found = torch.zeros(len(batch), device=noisy.device)
+        found = list(torch.zeros(len(batch), device=noisy.device).split(1))
         recogniser = recognition.load(self.model, noisy.device)
         clean = policy.noise.clean(noisy, prediction.float(), t)
         # One at a time: a decoder's memory is what limits this, and pictures must not depend on their company.
@@ -51,8 +51,8 @@ class IdentityLoss(Spec):
                     continue
                 wanted = recogniser.embed(cut(true))
             shown = recogniser.embed(cut(policy.decode(self._small(clean[i : i + 1]))))
-            found = found.index_put((torch.tensor([i], device=found.device),), 1 - (shown * wanted).sum(1))
-        return self.weight * found
+            found[i] = 1 - (shown * wanted).sum(1)
+        return self.weight * torch.cat(found)
 
     def _small(self, latents: Tensor) -> Tensor:
         """Latents [1, C, h, w] of a picture whose longer side is at most about `side`."""
