@@ -20,10 +20,11 @@ _NOISE = {
 RUNS: dict[str, dict[str, Any]] = {
     "lora, everything at once": {
         "adapter": {
-            "type": "lora", "rank": 4, "targets": "all", "conv_rank": 2, "train_text_encoders": True, "dropout": 0.1,
+            "type": "lora", "rank": 16, "targets": "all", "conv_rank": 2, "train_text_encoders": True, "dropout": 0.1,
             "rank_dropout": 0.1, "module_dropout": 0.1, "lora_plus_ratio": 4, "max_norm": 1.0,
         },
         "objective": {"type": "denoise", "loss_type": "huber", "huber_schedule": "snr", **_NOISE},
+        "training__optimizer": {"type": "muon"},
     },
     "dora, dpo": {
         "adapter": {"type": "lora", "rank": 2, "dora": True, "dropout": 0.1},
@@ -56,10 +57,9 @@ RUNS: dict[str, dict[str, Any]] = {
         "model__prompt_weights": True,
         "training__gradient_checkpointing": True,
     },
-    "muon": {"adapter": {"type": "lora", "rank": 16}, "training__optimizer": {"type": "muon"}},
     "identity": {"objective": {"type": "denoise", "identity": {"side": 32}}},
 }  # fmt: skip
-ASKED = {"identity": 3}
+ASKED = {"identity": 4}
 """How many numbers a step asks for: its loss and norm, at once. Which samples have little noise decides what the
 identity loss computes, so it has to know."""
 

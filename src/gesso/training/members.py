@@ -120,7 +120,8 @@ class Members(torch.optim.Optimizer):
             for name in by_owner.get(key, ()):
                 group[name] = optim_state.unpacked(f"{key}.{name}", saved, device)
         for owner, (member, parameter) in own.items():
-            state = {q: optim_state.unpacked(f"{owner}.{q}", saved, parameter.device) for q in by_owner.get(owner, ())}
+            homes = {q: _home(member, owner, q, parameter) for q in by_owner.get(owner, ())}
+            state = {q: optim_state.unpacked(f"{owner}.{q}", saved, home) for q, home in homes.items()}
             trained = state.pop("trained", None)
             if trained is not None:
                 with torch.no_grad():
@@ -139,6 +140,16 @@ class Members(torch.optim.Optimizer):
 
 
 _NOTHING = object()
+
+
+def _home(member: torch.optim.Optimizer, owner: str, quantity: str, parameter: nn.Parameter) -> torch.device:
+    """Where a quantity belongs: torch's optimisers count steps on the CPU, unless they are fused or capturable, and
+    would wait for the device at every parameter if the count lay there."""
+    if quantity != "step":
+        return parameter.device
+    settings = next(group for group in member.param_groups if owner in group["names"])
+    counted_there = settings.get("fused") or settings.get("capturable")
+    return parameter.device if counted_there else torch.device("cpu")
 
 
 def _same(value: Any, before: Any) -> bool:
