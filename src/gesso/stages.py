@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,12 +118,8 @@ def _learn(
         if data.previewer is not None:
             _draw_previews(session, data.previewer, runtime, data.vae_home, step, tell)
 
-    saved: list[int] = []
-
+    @cache  # the best so far is saved as soon as it is measured, and not again where a save is due
     def save(step: int) -> None:
-        if step in saved:  # the best so far is saved as soon as it is measured
-            return
-        saved.append(step)
         began = time.monotonic()
         path = store.save(session.snapshot(identity))
         tell(Saved(step, str(path), time.monotonic() - began))
