@@ -229,7 +229,7 @@ def sample(
     """Draw `count` pictures of each prompt; returns their files, and last a grid when there are several.
 
     `target` is a run, a checkpoint or a model, `checkpoint` which one of a run (see `checkpoints.chosen`); picture i of
-    all uses seed + i.
+    all uses seed + i. Nothing is written over: beside an out.png the next is out-2.png.
     """
     runtime = Runtime.for_inference(precision, device)
     target = target if checkpoint is None else str(checkpoints.chosen(Path(target), checkpoint))
@@ -240,14 +240,13 @@ def sample(
         for i, prompt in enumerate(prompt for prompt in prompts for _ in range(count))
     ]
     several = len(shots) > 1
-    files = [output.with_stem(f"{output.stem}-{i:02d}") if several else output for i in range(len(shots))]
     pictures = sampling.draw(pipe, shots)
-    for file, shot, picture in zip(files, shots, pictures, strict=True):
+    files = sampling.unused(output, len(shots))
+    for file, shot, picture in zip(files, shots, pictures, strict=False):
         sampling.save_png(picture, file, sampling.settings(shot, pipeline=pipe, model=label))
     if several:
         sheet = sampling.grid(pictures, columns=count if count > 1 else 4, labels=[shot.prompt for shot in shots])
-        sampling.save_png(sheet, output, {"prompts": list(prompts), "seed": seed, "model": label})
-        files.append(output)
+        sampling.save_png(sheet, files[-1], {"prompts": list(prompts), "seed": seed, "model": label})
     return files
 
 
@@ -273,43 +272,52 @@ def export(
     run, weights = sampling.trained(target, use_ema=use_ema)
     format = format or ("diffusers" if isinstance(run.adapter, Full | Embedding) else lora.suited(run.adapter))
     _refuse_push(run, format, hub_repo)
-    runtime = Runtime.for_inference(run.training.precision, device or run.training.device)
-    checkpoint_folder = weights.parent if weights.name == AVERAGE else weights
-    name = f"{run.name}-{checkpoint_folder.name}"
-    if isinstance(run.adapter, Full):
-        _refuse_lora_options(format, hub_repo, "the whole model")
-        model = pipeline.Trained.load(run, weights, runtime=runtime)
-        if format == "single-file":
-            path = output or checkpoint_folder.parent / f"{name}.safetensors"
-            single_file.write(model, path, precision=precision or "fp16", runtime=runtime)
-        else:
-            path = output or checkpoint_folder.parent / name
-            model.write(path, precision=precision or "fp16", runtime=runtime)
-        return path
+    if isinstance(run.adapter, Full | Embedding):
+        whole = isinstance(run.adapter, Full)
+        _refuse_lora_options(format, hub_repo, "the whole model" if whole else "new words alone")
     if format in ("merged", "single-file") and run.tokens:
         what = "new words have no place in a model's own files"
         raise UserError(what, where="--format", fix="leave it out: the words are written beside what else was trained")
-    if isinstance(run.adapter, Embedding):
-        _refuse_lora_options(format, hub_repo, "new words alone")
+    runtime = Runtime.for_inference(run.training.precision, device or run.training.device)
+    path = output or _default_place(run, weights.parent if weights.name == AVERAGE else weights, format)
+    if path.exists() and hub_repo is None:
+        what = "something is there already"
+        raise UserError(what, where=str(path), fix="remove it, or choose another place: --output")
+    if isinstance(run.adapter, Full):
+        model = pipeline.Trained.load(run, weights, runtime=runtime)
+        if format == "single-file":
+            single_file.write(model, path, precision=precision or "fp16", runtime=runtime)
+        else:
+            model.write(path, precision=precision or "fp16", runtime=runtime)
+        return path
     parts = run.model.load({"denoiser", "text"}, dtype=runtime.dtype, device=runtime.device)
     adapter = sampling.attached(run, weights, parts)
     trained = _adapted(run, parts, adapter)
     del parts, adapter  # a second copy of the base model is loaded next
     runtime.release()
     if isinstance(trained, embedding.Trained):
-        path = output or checkpoint_folder.parent / f"{name}-embeddings"
         trained.write(path, precision=precision or "fp32", runtime=runtime)
         return path
     if format == "merged" or format == "single-file":
         assert isinstance(trained, lora.Trained)
-        path = output or checkpoint_folder.parent / (f"{name}-merged" + ".safetensors" * (format == "single-file"))
         merged.write(trained, path, format=format, precision=precision or "fp16", runtime=runtime)
         return path
-    path = output or checkpoint_folder.parent / f"{name}-{format}.safetensors"
     trained.write(path, format=format, runtime=runtime, precision=precision or "fp16")
     if hub_repo is not None:
         hub.publish(path, run, about=About.of(run), repo=hub_repo)
     return path
+
+
+def _default_place(run: RunConfig, checkpoint: Path, format: str) -> Path:
+    """Where an export goes that is told nothing else."""
+    whole = isinstance(run.adapter, Full)
+    if isinstance(run.adapter, Embedding):
+        end = "-embeddings"
+    elif format in ("merged", "single-file") or whole:
+        end = ("" if whole else "-merged") + (".safetensors" if format == "single-file" else "")
+    else:
+        end = f"-{format}.safetensors"
+    return checkpoint.parent / f"{run.name}-{checkpoint.name}{end}"
 
 
 def _refuse_push(run: RunConfig, format: str, hub_repo: str | None) -> None:

@@ -60,6 +60,10 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
         "the text encoders do not train",
     ),
     "a rate of new words without any": (("training.token_learning_rate=1e-3",), "no new words are trained"),
+    "the best by a measure that the method does not have": (
+        ("checkpoint.keep_best=accuracy", "data.validation.fraction=0.5"),
+        "objective denoise does not measure accuracy",
+    ),
     "the best checkpoint without held-out pictures": (
         ("checkpoint.keep_best=loss",),
         "no checkpoint is known to be the best",

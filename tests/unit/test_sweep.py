@@ -173,6 +173,13 @@ def test_wrong_keys_and_values_are_refused_before_anything_starts(
     assert not (tmp_path / "wrong").exists()
 
 
+def test_a_measure_that_no_run_has_is_refused_before_anything_starts(run_file: Path, tmp_path: Path) -> None:
+    done = invoke(run_file, "--over", "adapter.rank=2,4", "--by", "accuracy", "--name", "by")
+    assert isinstance(done.exception, UserError)
+    assert "objective denoise does not measure accuracy" in str(done.exception)
+    assert not (tmp_path / "by").exists()
+
+
 def test_one_profile_on_one_set_of_images_is_the_smallest_sweep(
     run_file: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

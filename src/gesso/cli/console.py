@@ -95,7 +95,8 @@ def components_table(components: Sequence[Component]) -> list[str]:
     rows = [("part", "trained", "rate", "change")]
     for one in components:
         trained = f"{one.parameters:,}" if one.parameters else "frozen"
-        rate = f"{one.learning_rate:g}" if one.parameters else "-"
+        lowest_and_highest = dict.fromkeys((*one.learning_rates[:1], *one.learning_rates[-1:]))
+        rate = " to ".join(f"{rate:g}" for rate in lowest_and_highest) or "-"
         change = "?" if one.change is None else "0" if one.change == 0 else f"{one.change:.2%}"
         change = "from 0" if one.change is not None and math.isinf(one.change) else change
         rows.append((one.part, trained, rate, change))

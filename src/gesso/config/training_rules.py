@@ -89,14 +89,19 @@ def _packages(run: RunConfig) -> Iterator[Finding]:
 
 
 def _stopping(run: RunConfig) -> Iterator[Finding]:
-    holdout = run.data.validation
-    if holdout.fraction or holdout.path is not None:
+    holdout, rule, best = run.data.validation, run.training.early_stopping, run.checkpoint.keep_best
+    if not holdout.fraction and holdout.path is None:
+        fix = "set data.validation.fraction or data.validation.path"
+        if rule is not None:
+            yield error("training.early_stopping", "no images are held out, so nothing tells when to stop", fix)
+        if best is not None:
+            yield error("checkpoint.keep_best", "no images are held out, so no checkpoint is known to be the best", fix)
         return
-    fix = "set data.validation.fraction or data.validation.path"
-    if run.training.early_stopping is not None:
-        yield error("training.early_stopping", "no images are held out, so nothing tells when to stop", fix)
-    if run.checkpoint.keep_best is not None:
-        yield error("checkpoint.keep_best", "no images are held out, so no checkpoint is known to be the best", fix)
+    asked = {"training.early_stopping.metric": None if rule is None else rule.metric, "checkpoint.keep_best": best}
+    for key, name in asked.items():
+        if name is not None and name not in run.objective.measures:
+            there = ", ".join(run.objective.measures)
+            yield error(key, f"objective {run.objective.type} does not measure {name}", f"write one of {there}")
 
 
 RULES: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (_rates, _optimizer, _packages, _stopping)

@@ -104,7 +104,8 @@ class Component:
 
     part: str
     parameters: int
-    learning_rate: float
+    learning_rates: tuple[float, ...]
+    """From the lowest to the highest; empty where it is frozen."""
     change: float | None
 
 

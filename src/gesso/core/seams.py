@@ -329,6 +329,11 @@ class Objective(Protocol):
         """Weighted loss of each sample, [B] float32; the loop divides by the step's sample count."""
         ...
 
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The names of what `measure` reports."""
+        ...
+
     def measure(self, policy: Policy, batch: Batch) -> dict[str, Tensor]:
         """What validation reports of each sample, [B] each: "loss", and more where there is more to say."""
         ...

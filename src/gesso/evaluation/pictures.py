@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -112,3 +113,13 @@ def _parameters(settings: Mapping[str, Any]) -> str:
         # A comma would end the value for the readers of this line.
         pairs.append(f"Model: {str(settings['model']).replace(',', ';')}")
     return "\n".join([*lines, ", ".join([*pairs, f"Version: gesso {gesso.__version__}"])])
+
+
+def unused(output: Path, count: int) -> list[Path]:
+    """The files of `count` pictures, of several with a grid last, none of which is there yet: `output`, or `-2`, ..."""
+    for number in itertools.count(1):
+        last = output if number == 1 else output.with_stem(f"{output.stem}-{number}")
+        files = [last.with_stem(f"{last.stem}-{i:02d}") for i in range(count)] if count > 1 else []
+        if not any(file.exists() for file in (*files, last)):
+            break
+    return [*files, last]

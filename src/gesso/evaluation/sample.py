@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gesso.errors import NumericError, UserError
 from gesso.evaluation.models import attached, open_pipeline, trained
-from gesso.evaluation.pictures import grid, read_settings, save_png
+from gesso.evaluation.pictures import grid, read_settings, save_png, unused
 
 __all__ = [
     "Embeddings",
@@ -32,6 +32,7 @@ __all__ = [
     "save_png",
     "settings",
     "trained",
+    "unused",
 ]
 
 Embeddings = dict[str, "Tensor | None"]

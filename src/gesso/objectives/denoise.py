@@ -75,6 +75,11 @@ class Denoise(Noising):
             cost = cost + self.identity.loss(policy, batch, noisy=noisy, prediction=prediction, t=t)
         return cost * batch.weights
 
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The loss alone."""
+        return ("loss",)
+
     def measure(self, policy: Policy, batch: Batch) -> dict[str, Tensor]:
         """The loss."""
         return {"loss": self.loss(policy, batch)}

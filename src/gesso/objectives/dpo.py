@@ -72,6 +72,11 @@ class DPO(Noising):
             per_pair = per_pair + self.sft_weight * trained.chosen
         return per_pair * batch.weights
 
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """What validation reports."""
+        return ("loss", "accuracy", "margin")
+
     def measure(self, policy: Policy, batch: Batch) -> dict[str, Tensor]:
         """Per pair, [B] float32: the loss; whether the preferred picture is the likelier one now, where 1/2 means
         neither (`accuracy`); and by how much, u (`margin`)."""

@@ -59,6 +59,9 @@ class Sweep:
                 raise Problems(
                     [UserError(f"{e.what} (in the run {trial.name})", where=e.where, fix=e.fix) for e in errors]
                 )
+            if self.metric not in (there := loaded.run.objective.measures):
+                what = f"objective {loaded.run.objective.type} does not measure {self.metric}"
+                raise UserError(what, where="--by", fix=f"write one of {', '.join(there)}")
         if self.search == "optuna":
             held = self.loaded(trials[0]).run.data.validation
             if not held.fraction and held.path is None:

@@ -178,8 +178,8 @@ class Session:
             for part in dict.fromkeys([*self.run.model.part_names, *parts, "vae"]):
                 own = [i for i, name in enumerate(parts) if name == part]
                 count = sum(learner.groups[i].flat.numel() for i in own if learner.groups[i].learning_rate)
-                rate = max((learner.groups[i].learning_rate for i in own), default=0.0)
-                found.append(Component(part, count, rate, self._change(own)))
+                rates = sorted({rate for i in own if (rate := learner.groups[i].learning_rate)})
+                found.append(Component(part, count, tuple(rates), self._change(own)))
         return tuple(found)
 
     def _change(self, groups: Sequence[int]) -> float | None:

@@ -54,6 +54,15 @@ def test_a_merged_model_is_not_pushed_with_a_loras_card(make_run: MakeRun) -> No
         stages.export(str(folder), format="merged", hub_repo="me/thing")
 
 
+@pytest.mark.parametrize("format", ["kohya", "diffusers", "merged", "single-file"])
+def test_nothing_is_written_over(make_run: MakeRun, tmp_path: Path, format: Any) -> None:
+    folder = stages.train(make_run("run", adapter=KINDS["lora"], training__steps=1))
+    (tmp_path / "mine.safetensors").write_text("mine")
+    with pytest.raises(UserError, match="something is there already"):
+        stages.export(str(folder), format=format, output=tmp_path / "mine.safetensors", device="cpu")
+    assert (tmp_path / "mine.safetensors").read_text() == "mine"
+
+
 @pytest.fixture
 def lora(tiny_base: Path, tmp_path: Path) -> Path:
     """A LoRA on the UNet and the second text encoder."""

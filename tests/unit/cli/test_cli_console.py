@@ -53,7 +53,7 @@ def play(console: Console, *, steps: int = 100) -> None:
         console.handle(Saved(100, path="runs/x/checkpoint-100", seconds=0.25))
         console.handle(Validated(100, loss=0.4, samples=4, measures={"accuracy": 0.75}))
         outputs = {"checkpoint": "runs/x/checkpoint-100"}
-        parts = (Component("unet", 1234567, 1e-4, 0.01234), Component("vae", 0, 0.0, 0.0))
+        parts = (Component("unet", 1234567, (1e-4,), 0.01234), Component("vae", 0, (), 0.0))
         console.handle(Finished(100, 3725.0, 5 * 2**30, outputs, reason="no gain", components=parts))
 
 
@@ -144,6 +144,7 @@ def test_durations(seconds: float, text: str) -> None:
 
 def test_what_started_at_zero_went_no_share_of_it() -> None:
     """As the rotations of OFT do, which begin at none."""
-    table = components_table([Component("unet", 12, 1e-4, math.inf), Component("vae", 0, 0.0, 0.0)])
+    table = components_table([Component("unet", 12, (1e-4, 1e-3, 2e-3), math.inf), Component("vae", 0, (), 0.0)])
     assert [line.split()[-1] for line in table] == ["change", "0", "0"]
     assert table[1].endswith("from 0")
+    assert "0.0001 to 0.002" in table[1]

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from gesso.errors import ResourceError, UserError
-from gesso.evaluation.sample import grid, read_settings, save_png
+from gesso.evaluation.sample import grid, read_settings, save_png, unused
 
 SETTINGS = {
     "prompt": "Aldar Köse, 帽子",
@@ -104,3 +104,13 @@ def test_grid_labels_have_the_letters_of_names(letter: str) -> None:
 
 def test_grid_with_fewer_pictures_than_columns_is_not_padded() -> None:
     assert grid([Image.new("RGB", (10, 10))], columns=4, gap=0).size == (10, 10)
+
+
+def test_no_picture_is_written_over(tmp_path: Path) -> None:
+    out = tmp_path / "out.png"
+    assert unused(out, 1) == [out]
+    out.touch()
+    assert unused(out, 1) == [tmp_path / "out-2.png"]
+    assert unused(out, 2) == [tmp_path / name for name in ("out-2-00.png", "out-2-01.png", "out-2.png")]
+    (tmp_path / "out-2-01.png").touch()
+    assert unused(out, 2)[-1] == tmp_path / "out-3.png"
