@@ -124,6 +124,11 @@ class Console:
         if self._bars is not None:
             self._bars.stop()
 
+    @property
+    def steps(self) -> int:
+        """The last step that was shown; 0 before the first."""
+        return self._tally.step
+
     def count(self, task: str) -> Callable[[int, int], None]:
         """A function that shows how much of a task outside of a run is done."""
         return lambda done, total: self.handle(Progress(0, task, done, total))

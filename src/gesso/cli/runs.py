@@ -159,11 +159,13 @@ def carry_out(
     with crash_log(folder), placed(loaded.origins):
         from gesso import stages
 
+        console = Console()
         try:
-            with Console() as console:
+            with console:
                 stages.train(loaded.run, resume=resume, accept=accept, emit=console.handle)
         finally:
-            _draw_curves(folder)
+            if console.steps:
+                _draw_curves(folder)
         if hub_repo is not None:
             stages.export(str(folder), format="diffusers", output=None, use_ema=None, hub_repo=hub_repo)
             typer.echo(f"pushed to https://huggingface.co/{hub_repo}")
