@@ -40,8 +40,7 @@ from gesso import stages
 from gesso.config import files
 from gesso.core import checkpoints, resolve
 from gesso.core.provenance import provenance
-from gesso.metrics import Identity
-from gesso.micro import captions, judge, lessons, painter, score, world
+from gesso.micro import captions, judge, lessons, score, world
 from gesso.micro.lessons import CHARACTER
 
 HERE = Path(__file__).parent
@@ -53,8 +52,6 @@ less varied for it."""
 LONGER = "training.steps=600"
 GENTLY = "training.learning_rate=2.0e-3"
 PRESERVED = "objective={type: dreambooth, min_snr_gamma: 5}"
-SHORT, IDENTITY = 150, "objective={min_snr_gamma: 5, identity: {weight: 0.3, timestep_high: 0.5}}"
-"""Steps after which a character is half learnt, and the identity loss that is to help."""
 
 COMMON = """\
 name: {name}
@@ -127,8 +124,6 @@ class Methods(Bench):
             "without a mask": lambda: self.mask("without a mask", "none"),
             "with a mask": lambda: self.mask("with a mask", "file"),
             "two characters": self.two_characters,
-            "without identity loss": lambda: self.identity("without identity loss", []),
-            "with identity loss": lambda: self.identity("with identity loss", [IDENTITY]),
             "dpo": lambda: self.preference("dpo"),
             "dpo, labels reversed": lambda: self.preference("dpo, labels reversed"),
         }
@@ -232,23 +227,6 @@ class Methods(Bench):
 
         found = self.trained("two characters", sources, ["training.steps=800"], figures)
         return {**found, "rate": min(found["aldar"], found["dana"])}
-
-    def identity(self, name: str, sets: list[str]) -> Figures:
-        """A short lesson: does a loss on who is shown make the pictures more like him?"""
-        folder = self.folder(name)
-        sources = [{**painted(folder / "pictures", CHARACTER.training()), "repeats": 4}]
-        sources.append(painted(folder / "others", lessons.others(CHARACTER.others)))
-        texts = CHARACTER.prompts(UNSEEN)
-
-        def figures(pipeline: Any) -> Figures:
-            drawn, shown = drawn_and_read(pipeline, texts)
-            taught = [painter.paint(scene) for scene, _ in CHARACTER.training()]
-            return {
-                "similarity": float(np.mean(Identity().scores(drawn, taught))),
-                "rate": share([facts.is_aldar for facts in shown]),
-            }
-
-        return self.trained(name, sources, [f"training.steps={SHORT}", *sets], figures)
 
     def preference(self, name: str) -> Figures:
         """Pairs that differ in the colour alone, of which one is always preferred."""
