@@ -137,6 +137,12 @@ class Optimizer(Spec):
         return KINDS.get(self.type)
 
     @property
+    def by_piece(self) -> bool:
+        """Whether a tensor's update depends on that tensor alone, so that each can be updated at a time of its own."""
+        kind = self.kind
+        return kind is not None and (kind.by_number or (kind.by_tensor and self.type != "muon"))
+
+    @property
     def path(self) -> str:
         """Package and class."""
         return self.type if self.kind is None else self.kind.path

@@ -42,6 +42,8 @@ class Learner:
     scaler: torch.amp.GradScaler
     after_step: Callable[[], None]
     """Called after each optimiser step, such as to keep the weights within bounds."""
+    at_once: bool = False
+    """Whether all batches of a step share one backward pass, because weights are updated inside it."""
     step: int = 0
     """Finished optimiser steps."""
     history: list[Measured] = field(default_factory=list)
@@ -86,17 +88,18 @@ def fit(
 ) -> None:
     """Train from `learner.step` to the end of the run, or until `stopping()` says so between two steps.
 
-    Raises `NumericError` (which names the run) before an update whose loss or gradient is not finite.
+    Raises `NumericError` (which names the run) where a loss or gradient is not finite: before the update, or where
+    weights are updated inside the backward pass, with the step torn (`Members.torn`).
     """
     total = training.total_steps(stream.steps_per_epoch)
     while learner.step < total and not stopping():
         started, step = time.monotonic(), learner.step
         still = optim.rest(learner.groups, step, total)
+        factor = training.schedule.factor(step, total)
+        optim.set_rates(learner.optimizer, learner.groups, factor, still=still)
         gradient = _finite_gradient(name, seed, step, loss, learner, stream, runtime, emit)
         if training.clip is not None:
             optim.clip(learner.groups, gradient.norm, training.clip)
-        factor = training.schedule.factor(step, total)
-        optim.set_rates(learner.optimizer, learner.groups, factor, still=still)
         learner.scaler.step(learner.optimizer)
         learner.scaler.update()
         learner.after_step()
@@ -147,7 +150,7 @@ def _finite_gradient(
         f"images of the step: {', '.join(gradient.files)}",
         where=name,
         fix="look at these images and captions; lower training.learning_rate, or use bf16 or fp32. "
-        "The weights were not changed by this step: --resume latest goes on from the last checkpoint",
+        "Nothing of this step was saved: --resume latest goes on from the last checkpoint",
     )
 
 
@@ -161,23 +164,27 @@ def _accumulate(
 ) -> _Gradient:
     """Mean gradient over the samples of a step, however they are split into batches."""
     for group in learner.groups:
-        group.gradient.zero_()
-    samples = stream.window_size(step)
+        group.clear()
+    samples, batches = stream.window_size(step), list(_timed(stream, step))
     total = torch.zeros((), device=runtime.device)
-    files: list[str] = []
-    data_seconds = 0.0
-    for micro, (batch, waited) in enumerate(_timed(stream, step)):
-        data_seconds += waited
-        files += batch.files
+    waiting: list[torch.Tensor] = []
+    # A backward pass begins with what came last; so each gradient is added up in one order, in one pass or several.
+    for micro in sorted(range(len(batches)), reverse=learner.at_once):
+        batch, _ = batches[micro]
         runtime.seed_model(seed, step, micro)
         share = loss(batch.to(runtime.device)).sum() / samples
-        learner.scaler.scale(share).backward()
         total += share.detach()
+        waiting.append(learner.scaler.scale(share))
+        if not learner.at_once:
+            waiting.pop().backward()
+    if waiting:
+        torch.autograd.backward(waiting)
     learner.scaler.unscale_(learner.optimizer)
     norm = optim.gradient_norm(learner.groups)
     # One transfer for both numbers: each costs a wait for the device.
     loss_value, norm_value = torch.stack([total, norm.to(total)]).tolist()
-    return _Gradient(loss_value, norm_value, samples, tuple(files), data_seconds)
+    files = tuple(file for batch, _ in batches for file in batch.files)
+    return _Gradient(loss_value, norm_value, samples, files, sum(seconds for _, seconds in batches))
 
 
 def _timed(stream: Stream, step: int) -> Iterator[tuple[Batch, float]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gesso.errors import UserError
 from gesso.training import optim_state
 
-_OURS = frozenset({"params", "lr", "part", "names", "still"})
+_OURS = frozenset({"params", "lr", "part", "names", "still", "bundle"})
 _SHAPED = ("exp_avg", "exp_avg_sq", "momentum_buffer", "z", "s", "p0", "trained", "state1", "state2")
 
 
@@ -39,7 +39,8 @@ class Members(torch.optim.Optimizer):
     """Optimisers that are stepped together, seen from outside as one with all their groups.
 
     Every group holds the `part` that it belongs to, the `names` of its parameters, and whether it is `still`: then it
-    is not stepped at all, so that neither weight decay nor momentum nor averaging can move it.
+    is not stepped at all, so that neither weight decay nor momentum nor averaging can move it. Groups of one `bundle`
+    are stepped equally often and remember the same, beside what they remember of each parameter.
     """
 
     def __init__(self, members: Sequence[torch.optim.Optimizer]) -> None:
@@ -53,6 +54,8 @@ class Members(torch.optim.Optimizer):
             member.train()
         self._constants = [dict(group) for group in groups]
         self._stepped = False
+        bundles = list(dict.fromkeys(group.get("bundle", i) for i, group in enumerate(groups)))
+        self._keys = [f"@{bundles.index(group.get('bundle', i))}" for i, group in enumerate(groups)]
 
     @property
     def averages(self) -> bool:
@@ -62,15 +65,32 @@ class Members(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """One update of everything that is not still."""
         loss = None if closure is None else closure()
-        for member in self._members:
-            if not all(group["still"] for group in member.param_groups):
-                member.step()
-                for state in member.state.values():
-                    state.update({name: optim_state.row_by_row(value) for name, value in state.items()})
+        self.update_rest()
         if not self._stepped:
             self.saved()  # what cannot be saved is told now and not at the first checkpoint
             self._stepped = True
         return loss
+
+    @property
+    def torn(self) -> bool:
+        """Whether some weights are a step ahead of others, so that there is nothing to save."""
+        return False
+
+    def update_rest(self) -> None:
+        """Update every member that this step has not updated yet."""
+        for member in self._members:
+            if not self.is_still(member):
+                self.update(member)
+
+    def is_still(self, member: torch.optim.Optimizer) -> bool:
+        """Whether a member is left as it is in this step."""
+        return all(group["still"] for group in member.param_groups)
+
+    def update(self, member: torch.optim.Optimizer) -> None:
+        """One update of one member."""
+        member.step()
+        for state in member.state.values():
+            state.update({name: optim_state.row_by_row(value) for name, value in state.items()})
 
     @contextmanager
     def evaluated(self) -> Iterator[None]:
@@ -91,10 +111,10 @@ class Members(torch.optim.Optimizer):
     def saved(self) -> dict[str, Tensor]:
         """Every value that the members keep, and the weights in training where those in use are others."""
         kept: dict[str, Tensor] = {}
-        for i, (group, constants) in enumerate(zip(self.param_groups, self._constants, strict=True)):
+        for key, group, constants in zip(self._keys, self.param_groups, self._constants, strict=True):
             for name, value in group.items():
                 if name not in _OURS and not _same(value, constants.get(name, _NOTHING)):
-                    kept |= optim_state.packed(f"@{i}.{name}", value)
+                    kept |= optim_state.packed(f"{key}.{name}", value)
         for member, owner, parameter in self._named():
             for name, value in member.state.get(parameter, {}).items():
                 kept |= optim_state.packed(f"{owner}.{name}", value)
@@ -109,13 +129,15 @@ class Members(torch.optim.Optimizer):
             owner, _, quantity = name.rpartition(".")
             by_owner.setdefault(owner, {})[quantity] = saved.get(name, torch.zeros(0))
         own = {owner: (member, parameter) for member, owner, parameter in self._named()}
-        groups = {f"@{i}": group for i, group in enumerate(self.param_groups)}
-        wrong = by_owner.keys() - own.keys() - groups.keys()
+        together: dict[str, list[str]] = {key: [] for key in self._keys}
+        for key, group in zip(self._keys, self.param_groups, strict=True):
+            together[key] += group["names"]
+        wrong = by_owner.keys() - own.keys() - together.keys()
         wrong |= {o for o in by_owner.keys() & own.keys() if not _fits(by_owner[o], own[o][1])}
-        wrong |= {o for group in self.param_groups for o in _torn(group["names"], by_owner)}
+        wrong |= {o for names in together.values() for o in _torn(names, by_owner)}
         if wrong:
             raise UserError(f"the saved optimiser state does not fit the trained weights of {min(wrong)}")
-        for key, group in groups.items():
+        for key, group in zip(self._keys, self.param_groups, strict=True):
             device = group["params"][0].device
             for name in by_owner.get(key, ()):
                 group[name] = optim_state.unpacked(f"{key}.{name}", saved, device)

@@ -1,6 +1,6 @@
 """The optimiser over flat groups: all trained tensors of a part are views of one vector, with one gradient vector.
 
-Adam, clipping, averaging and zeroing are then one operation each instead of one per tensor, and give the same numbers
+Adam, clipping, averaging and zeroing are then a few operations instead of one per tensor, and give the same numbers
 because all of them work element by element. What works by matrix, such as Muon, gets views into the same vectors.
 """
 
@@ -10,7 +10,8 @@ import importlib
 import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from gesso.core.schedule import steps_of
 from gesso.errors import ResourceError, UserError
 from gesso.training.members import Members
 
+PIECE = 2**24
+"""Weights that are updated at once, where each is updated by itself: 64 MiB in float32."""
+
 _SMALLEST = 16
 _INSTALL = {
     "bitsandbytes": "pip install 'gesso[gpu]'",
@@ -28,9 +32,21 @@ _INSTALL = {
 }
 
 
+class Piece(NamedTuple):
+    """Consecutive numbers of a group, from `start` to before `stop`, and the shape they have together."""
+
+    name: str
+    start: int
+    stop: int
+    shape: torch.Size
+
+
 @dataclass(frozen=True)
 class FlatGroup:
-    """The parameters of one part, laid end to end in `flat` ([n], in their type), which also holds their gradient."""
+    """The parameters of one part, laid end to end in `flat` ([n], in their type), which also holds their gradient.
+
+    Of a group that is updated inside the backward pass, no gradient is kept but for the sum of its `squares`.
+    """
 
     part: str
     learning_rate: float
@@ -40,6 +56,7 @@ class FlatGroup:
     parameters: tuple[nn.Parameter, ...] = ()
     stop: int | float | None = None
     """When it stands still: after so many optimiser steps, or after a fraction of the run if below 1."""
+    squares: Tensor | None = None
 
     @classmethod
     def of(
@@ -49,15 +66,19 @@ class FlatGroup:
         *,
         learning_rate: float,
         stop: int | float | None = None,
+        keep_gradient: bool = True,
     ) -> FlatGroup:
         """Move the parameters' storage into one vector; the parameters stay usable where they are."""
         names, tensors = tuple(parameters), tuple(parameters.values())
         flat = nn.Parameter(torch.cat([p.detach().reshape(-1) for p in tensors]))
-        flat.grad = torch.zeros_like(flat)
-        group = cls(part, learning_rate, flat, names, tuple(p.shape for p in tensors), tensors, stop)
-        values, gradients = group.views(flat.detach()), group.views(flat.grad)
-        for name, parameter in parameters.items():
-            parameter.data, parameter.grad = values[name], gradients[name]
+        squares = None if keep_gradient else torch.zeros((), dtype=_sum_type(flat.device), device=flat.device)
+        group = cls(part, learning_rate, flat, names, tuple(p.shape for p in tensors), tensors, stop, squares)
+        for parameter, value in zip(tensors, group.views(flat.detach()).values(), strict=True):
+            parameter.data = value
+        if keep_gradient:
+            flat.grad = torch.zeros_like(flat)
+            for parameter, gradient in zip(tensors, group.views(flat.grad).values(), strict=True):
+                parameter.grad = gradient
         return group
 
     def trains(self, step: int, total: int) -> bool:
@@ -74,6 +95,37 @@ class FlatGroup:
         """The gradient vector, [n]."""
         assert self.flat.grad is not None
         return self.flat.grad
+
+    def clear(self) -> None:
+        """Forget the gradient of the step before."""
+        (self.gradient if self.squares is None else self.squares).zero_()
+
+    def norm(self) -> Tensor:
+        """The 2-norm of the gradient, a scalar on the device."""
+        if self.squares is not None:
+            return self.squares.sqrt()
+        return torch.linalg.vector_norm(self.gradient, dtype=_sum_type(self.flat.device))
+
+    def view(self, piece: Piece, *, flatten: bool = False) -> nn.Parameter:
+        """A parameter over a piece, with its gradient if that is kept; `flatten` makes a convolution [out, in x k x k].
+        """
+        values = self.flat.detach()[piece.start : piece.stop].view(piece.shape)
+        whole = flatten and values.ndim > 2
+        parameter = nn.Parameter(values.flatten(1) if whole else values)
+        if self.squares is None:
+            parameter.grad = self.gradient[piece.start : piece.stop].view(parameter.shape)
+        return parameter
+
+    def tensors(self) -> list[Piece]:
+        """The parameters' places in the vector."""
+        ends = accumulate(shape.numel() for shape in self.shapes)
+        return [Piece(n, end - s.numel(), end, s) for n, s, end in zip(self.names, self.shapes, ends, strict=True)]
+
+    def cut(self) -> list[Piece]:
+        """The vector in pieces of `PIECE` numbers."""
+        count = self.flat.numel()
+        starts = [(start, min(start + PIECE, count)) for start in range(0, count, PIECE)]
+        return [Piece(f"{self.part}.{i}", a, b, torch.Size([b - a])) for i, (a, b) in enumerate(starts)]
 
     def settings(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
         """A parameter group of a torch optimiser, with the names that its state is saved under."""
@@ -98,18 +150,22 @@ def flat_group(
     *,
     learning_rate: float,
     stop: int | float | None = None,
+    keep_gradient: bool = True,
 ) -> FlatGroup:
     """The group of a part for this optimiser: for Muon the matrices come last, so that the rest is one piece."""
     if spec.type == "muon":
         parameters = dict(sorted(parameters.items(), key=lambda item: is_matrix(item[0], item[1].shape)))
-    return FlatGroup.of(part, parameters, learning_rate=learning_rate, stop=stop)
+    return FlatGroup.of(part, parameters, learning_rate=learning_rate, stop=stop, keep_gradient=keep_gradient)
+
+
+def _sum_type(device: torch.device) -> torch.dtype:
+    # On the CPU torch adds the squares of a vector one after another: in float32 ten million are wrong by a percent.
+    return torch.float64 if device.type == "cpu" else torch.float32
 
 
 def gradient_norm(groups: Sequence[FlatGroup]) -> Tensor:
     """The 2-norm over all groups, a float32 scalar on the device."""
-    # On the CPU torch adds the squares of a vector one after another: in float32 ten million are wrong by a percent.
-    types = [torch.float64 if group.gradient.device.type == "cpu" else torch.float32 for group in groups]
-    norms = [torch.linalg.vector_norm(g.gradient, dtype=kind) for g, kind in zip(groups, types, strict=True)]
+    norms = [group.norm() for group in groups]
     return torch.stack(norms).norm().float()
 
 
@@ -191,51 +247,62 @@ def _check_options(spec: Optimizer, made: type[torch.optim.Optimizer]) -> None:
 
 
 def members(spec: Optimizer, made: type[torch.optim.Optimizer], group: FlatGroup) -> Iterator[torch.optim.Optimizer]:
-    """The optimisers of one part."""
+    """The optimisers of one part: one for each of `pieces`, or one for all tensors where the gradient is kept."""
     if spec.type == "muon":
         yield from _muon(spec, made, group)
         return
-    settings, arguments = group.settings({group.part: group.flat}), spec.arguments()
-    if spec.kind is None or spec.kind.by_tensor:
-        values, gradients = group.views(group.flat.detach()), group.views(group.gradient)
-        flatten = spec.kind is not None  # the factored ones look at the last two sides of what is a matrix
-        settings = group.settings({n: _view(values[n], gradients[n], flatten=flatten) for n in group.names})
+    places, by_tensor = pieces(spec, group), spec.kind is None or spec.kind.by_tensor
+    # The factored ones look at the last two sides of what is a matrix.
+    views = {place.name: group.view(place, flatten=by_tensor and spec.kind is not None) for place in places}
+    if by_tensor:
+        for own in [views] if group.squares is None else [{name: view} for name, view in views.items()]:
+            yield member(spec, made, group.settings(own) | {"bundle": group.part})
+    elif len(views) == 1:
+        yield member(spec, made, group.settings({group.part: view for view in views.values()}))
+    else:
+        yield from (member(spec, made, group.settings({name: view})) for name, view in views.items())
+
+
+def member(
+    spec: Optimizer, made: type[torch.optim.Optimizer], settings: Mapping[str, Any]
+) -> torch.optim.Optimizer:
+    """One optimiser over one parameter group."""
+    arguments = spec.arguments()
     if spec.type == "adamw":
-        arguments = {"fused": group.flat.device.type in {"cpu", "cuda"}} | arguments
+        arguments = {"fused": settings["params"][0].device.type in {"cpu", "cuda"}} | arguments
     if spec.type == "adafactor":
         arguments["momentum_dtype"] = torch.float32
     try:
-        yield made([settings], **arguments)
+        return made([dict(settings)], **arguments)
     except (TypeError, ValueError, NotImplementedError) as error:
         fix = "change training.optimizer.options"
         raise UserError(f"{made.__name__}: {error}", where="training.optimizer", fix=fix) from error
 
 
+def pieces(spec: Optimizer, group: FlatGroup) -> list[Piece]:
+    """What is updated at once: a tensor, some of the numbers, or all of them."""
+    if spec.kind is None or spec.kind.by_tensor:
+        return group.tensors()
+    return group.cut() if spec.kind.by_number else [Piece(group.part, 0, group.flat.numel(), group.flat.shape)]
+
+
 def _muon(spec: Optimizer, made: type[torch.optim.Optimizer], group: FlatGroup) -> Iterator[torch.optim.Optimizer]:
     """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) over the matrices of a part, where they lie,
     and AdamW over the piece before them."""
-    values, gradients = group.views(group.flat.detach()), group.views(group.gradient)
-    names = [name for name in group.names if is_matrix(name, values[name].shape)]
-    border = group.flat.numel() - sum(values[name].numel() for name in names)
-    assert list(group.names[len(group.names) - len(names) :]) == names, "make groups with flat_group"
-    if names:
-        views = {n: _view(values[n], gradients[n], flatten=True) for n in names}
+    tensors = group.tensors()
+    matrices = [piece for piece in tensors if is_matrix(piece.name, piece.shape)]
+    border = matrices[0].start if matrices else group.flat.numel()
+    assert tensors[len(tensors) - len(matrices) :] == matrices, "make groups with flat_group"
+    if matrices:
+        views = {piece.name: group.view(piece, flatten=True) for piece in matrices}
         # Scaled as in Liu et al. 2025 (arXiv:2502.16982) its updates are as large as AdamW's: one rate serves both.
         own: dict[str, Any] = {"weight_decay": spec.decay, "adjust_lr_fn": "match_rms_adamw"}
         yield made([group.settings(views)], **(own | spec.options))
     if border:
         plain = Optimizer(beta1=spec.beta1, beta2=spec.beta2, eps=spec.eps, weight_decay=spec.weight_decay)
-        settings = group.settings({group.part: _view(group.flat.detach()[:border], group.gradient[:border])})
+        rest = group.view(Piece(group.part, 0, border, torch.Size([border])))
         fused = group.flat.device.type in {"cpu", "cuda"}
-        yield torch.optim.AdamW([settings], fused=fused, **plain.arguments())
-
-
-def _view(values: Tensor, gradient: Tensor, *, flatten: bool = False) -> nn.Parameter:
-    """A parameter over a piece of a group; `flatten` makes a convolution [out, in x k x k]."""
-    whole = flatten and values.ndim > 2
-    parameter = nn.Parameter(values.flatten(1) if whole else values)
-    parameter.grad = gradient.flatten(1) if whole else gradient
-    return parameter
+        yield torch.optim.AdamW([group.settings({group.part: rest})], fused=fused, **plain.arguments())
 
 
 def state(optimizer: Members) -> dict[str, Tensor]:

@@ -18,18 +18,23 @@ from gesso.config.optimizer import Optimizer
 from gesso.core.random import key
 from gesso.training import optim
 from gesso.training.members import Members, Paging
-from gesso.training.optim import FlatGroup
-
-PIECE = 2**24
-"""Weights that are updated at once: 64 MiB in float32."""
+from gesso.training.optim import FlatGroup, Piece
 
 
 def build(spec: Optimizer, groups: Sequence[FlatGroup], *, seed: int) -> Members:
     """The optimiser of the run file over these groups, with stochastic rounding where their weights are bf16."""
-    if all(group.flat.dtype == torch.float32 for group in groups):
-        return optim.build(spec, groups)
     made = optim.require(spec, device=groups[0].flat.device.type)
-    return Members([_Rounded(spec, made, piece, seed=seed) for group in groups for piece in _cut(group)])
+    return Members([member for group in groups for member in members(spec, made, group, seed=seed)])
+
+
+def members(
+    spec: Optimizer, made: type[torch.optim.Optimizer], group: FlatGroup, *, seed: int
+) -> Iterator[torch.optim.Optimizer]:
+    """As `optim.members`, with stochastic rounding where the group's weights are bf16."""
+    if group.flat.dtype == torch.float32:
+        yield from optim.members(spec, made, group)
+    else:
+        yield from (_Rounded(spec, made, _Piece(group, piece), seed=seed) for piece in group.cut())
 
 
 def stochastic(values: Tensor, generator: torch.Generator) -> Tensor:
@@ -49,10 +54,8 @@ class _Rounded(torch.optim.Optimizer):
     """
 
     def __init__(self, spec: Optimizer, made: type[torch.optim.Optimizer], piece: _Piece, *, seed: int) -> None:
-        (self._inner,) = optim.members(spec, made, piece.group)
-        settings = self._inner.param_groups[0]
-        settings |= {"names": [piece.name], "updates": 0}
-        super().__init__([settings], {})
+        self._inner = optim.member(spec, made, piece.settings | {"updates": 0})
+        super().__init__(self._inner.param_groups, {})
         # The group and the state themselves and not copies: rates are set here, and state is saved from here.
         self.param_groups, self.state = self._inner.param_groups, self._inner.state
         self._piece, self._seed = piece, seed
@@ -78,21 +81,18 @@ class _Rounded(torch.optim.Optimizer):
 class _Piece:
     """Some consecutive weights of a group, and the parameter that an optimiser sees in their place."""
 
-    def __init__(self, group: FlatGroup, weights: Tensor, gradient: Tensor, name: str) -> None:
-        self.name, self.weights, self._gradient = name, weights, gradient
+    def __init__(self, group: FlatGroup, place: Piece) -> None:
+        self.name, self._group, self._place = place.name, group, slice(place.start, place.stop)
+        self.weights = group.flat.detach()[self._place]
         # It has the weights' shape and device at any time, and memory only during an update.
-        self._empty = torch.empty(1, device=weights.device).expand(weights.shape)
+        self._empty = torch.empty(1, device=self.weights.device).expand(place.shape)
         self._values = nn.Parameter(self._empty)
-        self.group = FlatGroup(group.part, group.learning_rate, self._values, (name,), (weights.shape,))
+        self.settings = group.settings({place.name: self._values})
 
     def update(self, step: Callable[[], Any], generator: torch.Generator) -> None:
-        self._values.data, self._values.grad = self.weights.float(), self._gradient.float()
+        self._values.data = self.weights.float()
+        if self._group.squares is None:  # else whoever asks for the update has put the gradient there
+            self._values.grad = self._group.gradient[self._place].float()
         step()
         self.weights.copy_(stochastic(self._values.data, generator))
         self._values.data, self._values.grad = self._empty, None
-
-
-def _cut(group: FlatGroup) -> Iterator[_Piece]:
-    weights, gradients = group.flat.detach().split(PIECE), group.gradient.split(PIECE)
-    for i, (piece, gradient) in enumerate(zip(weights, gradients, strict=True)):
-        yield _Piece(group, piece, gradient, f"{group.part}.{i}")

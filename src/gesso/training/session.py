@@ -19,7 +19,7 @@ from gesso.core.events import Component
 from gesso.core.runtime import Runtime
 from gesso.core.seams import Attached, Parts
 from gesso.errors import UserError
-from gesso.training import memory, optim, rounding, validation
+from gesso.training import in_backward, memory, optim, rounding, validation
 from gesso.training.checkpoint import Snapshot
 from gesso.training.ema import Average
 from gesso.training.loop import Learner
@@ -61,6 +61,7 @@ class Session:
         denoiser, *encoders = run.model.part_names
         rate_of = {denoiser: run.training.learning_rate} | {encoders[i]: rate for i, rate in rates.items()}
         rate_of[TOKENS] = token_rate(run)
+        inside = run.training.fused_backward
         groups = [
             optim.flat_group(
                 run.training.optimizer,
@@ -68,15 +69,17 @@ class Session:
                 parameters,
                 learning_rate=rate_of[part] * factor,
                 stop=run.training.text_encoder_stop if part in encoders else None,
+                keep_gradient=not inside,
             )
             for name, part, factor, parameters in _by_rate(adapter)
         ]
         learner = Learner(
             groups=groups,
-            optimizer=rounding.build(run.training.optimizer, groups, seed=run.seed),
+            optimizer=(in_backward if inside else rounding).build(run.training.optimizer, groups, seed=run.seed),
             average=Average(run.training.ema, groups) if run.training.ema.enabled else None,
             scaler=runtime.scaler(),
             after_step=adapter.after_step,
+            at_once=inside,
         )
         start = [group.flat.detach().to("cpu", copy=True) for group in groups] if known else None
         return cls(run, parts, adapter, LivePolicy(run.model, parts, adapter), learner, start)
@@ -84,6 +87,8 @@ class Session:
     def snapshot(self, identity: Mapping[str, Any]) -> Snapshot:
         """Everything a checkpoint holds."""
         learner = self.learner
+        if learner.optimizer.torn:
+            raise RuntimeError("a step was left half done: some weights are ahead of others")
         with learner.optimizer.evaluated():
             weights = self.adapter.state()
             if learner.optimizer.averages:

@@ -93,10 +93,10 @@ def test_rounded_training_ends_where_float32_training_does() -> None:
     assert abs(float(error.double().mean())) < 1e-3
 
 
-@pytest.mark.parametrize("piece", [rounding.PIECE, 7])
+@pytest.mark.parametrize("piece", [optim.PIECE, 7])
 def test_updates_are_those_of_float32_before_they_are_rounded(monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
     """With the rounding left out, however the weights are cut, the numbers are torch's."""
-    monkeypatch.setattr(rounding, "PIECE", piece)
+    monkeypatch.setattr(optim, "PIECE", piece)
     seen: list[torch.Tensor] = []
     monkeypatch.setattr(rounding, "stochastic", lambda values, _: seen.append(values.clone()) or values)
     start, gradient = torch.randn(20, generator=generator()), torch.randn(20, generator=generator(1))
@@ -120,7 +120,7 @@ def test_a_rate_of_zero_moves_nothing() -> None:
 
 
 def test_draws_follow_seed_step_and_piece_and_resume_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounding, "PIECE", 100)
+    monkeypatch.setattr(optim, "PIECE", 100)
     spec, start = Optimizer(), torch.randn(250, generator=generator())
 
     def fresh(seed: int = 0) -> tuple[FlatGroup, Members]:
@@ -147,7 +147,7 @@ def test_draws_follow_seed_step_and_piece_and_resume_exactly(monkeypatch: pytest
 
 
 def test_no_float32_copy_of_the_weights_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounding, "PIECE", 1000)
+    monkeypatch.setattr(optim, "PIECE", 1000)
     group = bf16_group(torch.randn(10_000, generator=generator()))
     optimizer = rounding.build(Optimizer(), [group], seed=0)
     train(group, optimizer, 1)
