@@ -253,7 +253,7 @@ MORE = (
     Fault(
         "gradients not zeroed between steps",
         "training/loop.py",
-        "        group.gradient.zero_()",
+        "        group.clear()",
         "        pass",
         (f"{LAWS}/test_law_resume.py::test_resumed_equals_uninterrupted[plain]",),
     ),

@@ -134,8 +134,8 @@ UPDATE = (
     Fault(
         "a norm of long gradients added up in float32",
         "training/optim.py",
-        "torch.float64 if group.gradient.device.type",
-        "torch.float32 if group.gradient.device.type",
+        "torch.float64 if device.type",
+        "torch.float32 if device.type",
         (LONG_NORM,),
     ),
     Fault(

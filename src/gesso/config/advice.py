@@ -262,6 +262,7 @@ def _about_machine(run: RunConfig, numbers: Forecast, machine: Machine) -> Itera
             "training.batch_size: 1 with more accumulation": run.training.batch_size > 1,
             "training.precision: bf16": run.training.precision == "fp32",
             "adapter.weights: bf16": isinstance(run.adapter, Full) and run.adapter.weights == "fp32",
+            "training.fused_backward: true": isinstance(run.adapter, Full) and not run.training.fused_backward,
             "a LoRA": isinstance(run.adapter, Full),
             "a lower data.resolution": True,
         }

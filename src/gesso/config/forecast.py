@@ -24,6 +24,8 @@ _TEXT_PARAMETERS = 818_000_000
 # GiB of saved activations a sample at 1024 x 1024 in 16 bits, with adapters in float32.
 _ACTIVATIONS = {"attention": 7.3, "other": 9.4, "checkpointed": 1.6}
 _WORKSPACE = 1.0
+# Numbers of a gradient at once, at most, where weights are updated inside the backward pass: six pieces, in SDXL's order.
+_PASSING = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -276,5 +278,6 @@ def _memory(run: RunConfig, parameters: int) -> int:
     kind = "attention" if isinstance(adapter, LoRA) and adapter.targets == "attention" else "other"
     saved = _ACTIVATIONS["checkpointed" if training.gradient_checkpointing else kind]
     activations = saved * wide * training.batch_size * (run.data.resolution / 1024) ** 2
-    trained = parameters * (2 * weight + _moments(run) + 8 * training.ema.enabled)
+    trained = parameters * (weight + _moments(run) + 8 * training.ema.enabled)
+    trained += weight * (min(parameters, _PASSING) if training.fused_backward else parameters)
     return round(held + trained + (activations + _WORKSPACE) * GIB)

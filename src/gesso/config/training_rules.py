@@ -11,6 +11,7 @@ from gesso.config import advice_words
 from gesso.config.findings import Finding, error, warning
 from gesso.config.forecast import full_size
 from gesso.config.run import RunConfig
+from gesso.objectives import DreamBooth
 
 _PACKAGES = {"pytorch_optimizer": "pytorch-optimizer"}
 
@@ -65,6 +66,36 @@ def _optimizer(run: RunConfig) -> Iterator[Finding]:
             yield error(key, "only the text encoders train, so nothing would after it", "take it out")
 
 
+def _fused(run: RunConfig) -> Iterator[Finding]:
+    """What cannot be once weights change before the whole gradient is known, or while some of it is still to come."""
+    training, optimizer = run.training, run.training.optimizer
+    if not training.fused_backward:
+        return
+    inside = "with training.fused_backward weights change"
+    otherwise = "or training.fused_backward: false"
+    if not isinstance(run.adapter, Full):
+        what = f"the gradients of an adapter ({run.adapter.type}) are too small for it to save anything"
+        yield error("training.fused_backward", what, "take it out; it is for adapter.type: full")
+        return
+    if training.accumulation > 1:
+        what = f"{inside} with every batch, and gradients of {training.accumulation} batches cannot be added up"
+        yield error("training.accumulation", what, f"write 1 and a larger training.batch_size, {otherwise}")
+    if isinstance(run.objective, DreamBooth):
+        what = f"{inside} with every batch, and dreambooth takes two a step, of instance and class"
+        yield error("objective.type", what, f"write denoise, {otherwise}")
+    if training.clip is not None:
+        what = f"{inside} before the norm of the whole gradient is known, so it cannot be clipped"
+        yield error("training.clip", what, f"leave it empty (clip: null), {otherwise}")
+    if training.precision == "fp16":
+        what = f"{inside} before it is known whether the gradient overflows in fp16"
+        yield error("training.precision", what, f"write bf16 or fp32, {otherwise}")
+    if not optimizer.by_piece:
+        what = f"{inside} tensor by tensor, and {optimizer.type} looks at all of them"
+        if optimizer.kind is None:
+            what = f"{inside} tensor by tensor, and it is not known whether {optimizer.type} looks at all of them"
+        yield error("training.optimizer.type", what, f"write adamw, adamw8bit, lion or adafactor, {otherwise}")
+
+
 def _packages(run: RunConfig) -> Iterator[Finding]:
     training, optimizer = run.training, run.training.optimizer
     key, package = "training.optimizer.type", optimizer.path.partition(".")[0]
@@ -104,4 +135,4 @@ def _stopping(run: RunConfig) -> Iterator[Finding]:
             yield error(key, f"objective {run.objective.type} does not measure {name}", f"write one of {there}")
 
 
-RULES: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (_rates, _optimizer, _packages, _stopping)
+RULES: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (_rates, _optimizer, _fused, _packages, _stopping)

@@ -165,7 +165,8 @@ def _accumulate(
     """Mean gradient over the samples of a step, however they are split into batches."""
     for group in learner.groups:
         group.clear()
-    samples, batches = stream.window_size(step), list(_timed(stream, step))
+    samples = stream.window_size(step)
+    batches = list(_timed(stream, step))
     total = torch.zeros((), device=runtime.device)
     waiting: list[torch.Tensor] = []
     # A backward pass begins with what came last; so each gradient is added up in one order, in one pass or several.

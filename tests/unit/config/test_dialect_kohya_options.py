@@ -61,6 +61,8 @@ OPTIONS = {
     "xformers": ("true", "training.attention=xformers"),
     "v_parameterization": ("true", "model.prediction=v_prediction"),
     "full_bf16": ("true", "?always float32"),
+    "fused_backward_pass": ("true", "training.fused_backward=True"),
+    "fused_optimizer_groups": ("10", "?fused_backward_pass"),
     "network_weights": ('"x.safetensors"', "adapter.init_from=x.safetensors"),
     "huggingface_token": ('"hf_x"', "?token"),
 }
