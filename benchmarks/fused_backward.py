@@ -1,18 +1,43 @@
-"""What updating each weight inside the backward pass would save: peak memory of a full fine-tune's steps on the CPU.
+"""What updating each weight inside the backward pass saves: peak memory of a full fine-tune's steps on the CPU.
 
-`python benchmarks/fused_backward.py [WIDTH]` prints a line for each variant, measured in a process of its own. The
-model has SDXL's structure and WIDTH channels (of SDXL's 320) in its first block.
+    python benchmarks/fused_backward.py             # writes results/fused_backward.json; some ten minutes
+
+Each case is trained for three steps by the trainer's own loop in a process of its own, with and without, and the ratio
+of the two peaks is printed. The network has SDXL's structure, checkpointed, and WIDTH (96 of SDXL's 320) channels in
+its first block; a piece is as much of it as a piece of SDXL is of SDXL.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import nn
+from torch import Tensor
+
+from gesso import stages
+from gesso.config.optimizer import Optimizer
+from gesso.config.run import Training
+from gesso.core.batch import Batch, Geometry
+from gesso.core.provenance import provenance
+from gesso.core.random import Draws
+from gesso.core.runtime import Runtime
+from gesso.training import in_backward, loop, optim, rounding
+
+RESULT = Path(__file__).parent / "results" / "fused_backward.json"
+SDXL, STEPS = 2_567_000_000, 3
+CASES = {
+    "float32 weights, adamw": ("float32", "adamw"),
+    "bf16 weights, adamw": ("bfloat16", "adamw"),
+    "float32 weights, adafactor": ("float32", "adafactor"),
+}
 
 
 def network(width: int) -> UNet2DConditionModel:
@@ -33,49 +58,71 @@ def network(width: int) -> UNet2DConditionModel:
     return unet
 
 
-def flat(parameters: list[nn.Parameter]) -> nn.Parameter:
-    """One vector that the parameters are views of, with one gradient vector, as the trainer has them."""
-    whole = nn.Parameter(torch.cat([p.detach().reshape(-1) for p in parameters]))
-    whole.grad = torch.zeros_like(whole)
-    sizes = [p.numel() for p in parameters]
-    pieces = zip(parameters, whole.detach().split(sizes), whole.grad.split(sizes), strict=True)
-    for parameter, values, gradient in pieces:
-        parameter.data, parameter.grad = values.view(parameter.shape), gradient.view(parameter.shape)
-    return whole
+class Noise:
+    """A stream of steps of one sample."""
+
+    steps_per_epoch = STEPS
+
+    def window(self, step: int) -> Iterator[Batch]:
+        """One batch of one sample."""
+        latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(step))
+        one, place = torch.ones(1), (Geometry(128, 128, 0, 0, 128, 128),)
+        yield Batch(latents, latents, one, one, place, ("",), None, ("noise",), Draws(0, 0, ()))
+
+    def window_size(self, step: int) -> int:  # noqa: ARG002
+        """One sample."""
+        return 1
 
 
-def measure(width: int, dtype: torch.dtype, *, fused: bool) -> str:
-    """Three steps, and MiB of the process at most."""
+def measure(width: int, dtype: torch.dtype, name: str, *, fused: bool) -> tuple[int, int]:
+    """Trained weights, and bytes of the process at most, over some steps."""
     torch.manual_seed(0)
-    unet = network(width).to(dtype)
-    parameters = list(unet.parameters())
-    optimizers = {p: torch.optim.AdamW([p], lr=1e-5, fused=True) for p in (parameters if fused else [flat(parameters)])}
+    torch.set_num_threads(1)
+    unet, runtime = network(width).to(dtype), Runtime.detect("fp32", "cpu")
+    parameters = dict(unet.named_parameters())
+    count = sum(p.numel() for p in parameters.values())
+    optim.PIECE = int(optim.PIECE * count / SDXL)
+    spec = Optimizer(type=name)
+    training = Training(steps=STEPS, learning_rate=1e-5, optimizer=spec, clip=None)
+    group = optim.flat_group(spec, "unet", parameters, learning_rate=1e-5, keep_gradient=not fused)
+    made = (in_backward if fused else rounding).build(spec, [group], seed=0)
 
-    def update(parameter: nn.Parameter) -> None:
-        optimizers[parameter].step()
-        parameter.grad = None
+    def loss(batch: Batch) -> Tensor:
+        text = torch.ones(1, 8, 6 * width, dtype=dtype)
+        answer = unet(batch.latents.to(dtype), torch.tensor([5]), text, return_dict=False)[0]
+        return answer.float().square().mean((1, 2, 3))
 
-    if fused:
-        for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(update)
-    for _ in range(3):
-        noisy, text = torch.randn(1, 4, 16, 16, dtype=dtype), torch.randn(1, 8, 6 * width, dtype=dtype)
-        unet(noisy, torch.tensor([5]), text, return_dict=False)[0].float().square().mean().backward()
-        if not fused:
-            for whole, optimizer in optimizers.items():
-                optimizer.step()
-                assert whole.grad is not None
-                whole.grad.zero_()
-    count, peak = sum(p.numel() for p in parameters), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    how = "inside the backward pass" if fused else "after it"
-    return f"{str(dtype).removeprefix('torch.')}, updated {how}: {count / 1e6:.0f} M parameters, peak {peak:.0f} MiB"
+    learner = loop.Learner([group], made, None, runtime.scaler(), after_step=lambda: None, at_once=fused)
+    options: dict[str, Any] = {"actions": [], "emit": stages.ignore, "stopping": lambda: False}
+    loop.fit(training, name="run", seed=0, loss=loss, learner=learner, stream=Noise(), runtime=runtime, **options)
+    return count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> int:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=96)
+    parser.add_argument("--case", nargs=3, metavar=("TYPE", "OPTIMIZER", "WAY"), help="measure one in this process")
+    args = parser.parse_args()
+    if args.case is not None:
+        dtype, name, way = args.case
+        print(*measure(args.width, getattr(torch, dtype), name, fused=way == "fused"))
+        return 0
+    rows = {}
+    for case, (dtype, name) in CASES.items():
+        peaks = {}
+        for way in ("plain", "fused"):
+            command = [sys.executable, __file__, "--width", str(args.width), "--case", dtype, name, way]
+            said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            count, peaks[way] = map(int, said.split())
+        row = {"weights": count, **{f"{way}_peak_rss": peak for way, peak in peaks.items()}}
+        rows[case] = row | {"ratio": round(peaks["fused"] / peaks["plain"], 3)}
+        plain, fused = (peaks[way] / 2**20 for way in ("plain", "fused"))
+        print(f"{case:28} {plain:6.0f} MiB after the pass, {fused:6.0f} inside: {rows[case]['ratio']:.2f}")
+    record = {"provenance": provenance(), "settings": {"width": args.width, "steps": STEPS}, "peaks": rows}
+    RESULT.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 4:
-        print(measure(int(sys.argv[1]), getattr(torch, sys.argv[2]), fused=sys.argv[3] == "fused"))
-    else:
-        chosen = sys.argv[1] if len(sys.argv) == 2 else "96"
-        for name in ("float32", "bfloat16"):
-            for way in ("plain", "fused"):
-                subprocess.run([sys.executable, __file__, chosen, name, way], check=True)
+    sys.exit(main())

@@ -24,7 +24,7 @@ _TEXT_PARAMETERS = 818_000_000
 # GiB of saved activations a sample at 1024 x 1024 in 16 bits, with adapters in float32.
 _ACTIVATIONS = {"attention": 7.3, "other": 9.4, "checkpointed": 1.6}
 _WORKSPACE = 1.0
-# Numbers of a gradient at once, at most, where weights are updated inside the backward pass: six pieces, in SDXL's order.
+# Numbers of a gradient that are there at once where weights are updated inside the backward pass: six pieces.
 _PASSING = 100_000_000
 
 

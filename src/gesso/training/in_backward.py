@@ -1,8 +1,8 @@
 """Weights that are updated inside the backward pass, each piece as soon as its gradient is whole.
 
-The gradient is then freed, so that only what lies between two updates is ever in memory. No weight is needed any more once
-its gradient is whole, however often the network used it: autograd adds up all uses, and hands over the gradient of a
-leaf once a backward pass. The updates are bit for bit those that come after the pass otherwise, because no optimiser
+The gradient is then freed, so that only what lies between two updates is ever in memory. No weight is needed any more
+once its gradient is whole, however often the network used it: autograd adds up all uses, and hands over the gradient of
+a leaf once a backward pass. The updates are bit for bit those that come after the pass otherwise, because no optimiser
 that is let in here looks beyond its piece (`Optimizer.by_piece`).
 """
 

@@ -107,8 +107,7 @@ class FlatGroup:
         return torch.linalg.vector_norm(self.gradient, dtype=_sum_type(self.flat.device))
 
     def view(self, piece: Piece, *, flatten: bool = False) -> nn.Parameter:
-        """A parameter over a piece, with its gradient if that is kept; `flatten` makes a convolution [out, in x k x k].
-        """
+        """A parameter over a piece, and its gradient if that is kept; `flatten` makes a convolution [out, in x k^2]."""
         values = self.flat.detach()[piece.start : piece.stop].view(piece.shape)
         whole = flatten and values.ndim > 2
         parameter = nn.Parameter(values.flatten(1) if whole else values)
@@ -257,15 +256,13 @@ def members(spec: Optimizer, made: type[torch.optim.Optimizer], group: FlatGroup
     if by_tensor:
         for own in [views] if group.squares is None else [{name: view} for name, view in views.items()]:
             yield member(spec, made, group.settings(own) | {"bundle": group.part})
-    elif len(views) == 1:
-        yield member(spec, made, group.settings({group.part: view for view in views.values()}))
     else:
-        yield from (member(spec, made, group.settings({name: view})) for name, view in views.items())
+        names = list(views) if len(views) > 1 else [group.part]
+        for name, view in zip(names, views.values(), strict=True):
+            yield member(spec, made, group.settings({name: view}))
 
 
-def member(
-    spec: Optimizer, made: type[torch.optim.Optimizer], settings: Mapping[str, Any]
-) -> torch.optim.Optimizer:
+def member(spec: Optimizer, made: type[torch.optim.Optimizer], settings: Mapping[str, Any]) -> torch.optim.Optimizer:
     """One optimiser over one parameter group."""
     arguments = spec.arguments()
     if spec.type == "adamw":
