@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from gesso import stages
@@ -62,6 +65,28 @@ def test_fused_equals_unfused(make_run: MakeRun, variant: str) -> None:
     fused = checkpoint_bytes(stages.train(full(make_run, "fused", fused=True, **overrides)), 5)
     assert fused.keys() == plain.keys()
     assert [name for name in plain if fused[name] != plain[name]] == []
+
+
+def test_fused_equals_unfused_beside_the_model_before_training(
+    make_run: MakeRun, pictures: Path, tmp_path: Path
+) -> None:
+    """A preference swaps the weights for those of before and back, in each step."""
+    names = sorted(path.name for path in pictures.glob("*.png"))[:5]
+    rows = [{"caption": "a thing", "chosen": n, "rejected": f"other-{n}"} for n in names]
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    for name in names:
+        picture = Image.open(pictures / name)
+        picture.save(folder / name)
+        picture.rotate(180).save(folder / f"other-{name}")
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides: dict[str, Any] = {"data__sources": [{"path": str(folder)}], "objective": {"type": "dpo"}}
+    overrides |= {"training__steps": 4, "checkpoint__every": 4}
+    plain, fused = (
+        checkpoint_bytes(stages.train(full(make_run, f"run-{fused}", fused=fused, **overrides)), 4)
+        for fused in (False, True)
+    )
+    assert fused == plain
 
 
 def test_what_is_logged_is_what_an_unfused_run_logs(make_run: MakeRun) -> None:
