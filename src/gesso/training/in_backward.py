@@ -43,7 +43,7 @@ def _hand_over(group: FlatGroup, start: int, pieces: Sequence[_Waiting]) -> Call
         assert group.squares is not None
         gradient, parameter.grad = parameter.grad.reshape(-1), None
         # Nothing here waits for the device: the loop reads the norm once a step.
-        group.squares.add_(torch.linalg.vector_norm(gradient, dtype=group.squares.dtype).square())
+        group.squares.add_(optim.norm_of(gradient).square())
         for piece in pieces:
             piece.take(gradient, start)
 

@@ -102,9 +102,7 @@ class FlatGroup:
 
     def norm(self) -> Tensor:
         """The 2-norm of the gradient, a scalar on the device."""
-        if self.squares is not None:
-            return self.squares.sqrt()
-        return torch.linalg.vector_norm(self.gradient, dtype=_sum_type(self.flat.device))
+        return norm_of(self.gradient) if self.squares is None else self.squares.sqrt()
 
     def view(self, piece: Piece, *, flatten: bool = False) -> nn.Parameter:
         """A parameter over a piece, and its gradient if that is kept; `flatten` makes a convolution [out, in x k^2]."""
@@ -160,6 +158,13 @@ def flat_group(
 def _sum_type(device: torch.device) -> torch.dtype:
     # On the CPU torch adds the squares of a vector one after another: in float32 ten million are wrong by a percent.
     return torch.float64 if device.type == "cpu" else torch.float32
+
+
+def norm_of(vector: Tensor) -> Tensor:
+    """The 2-norm of a vector [n], a scalar on the device, wider than float32 where that matters."""
+    # Piece by piece, because the CPU makes a copy in the wider type.
+    kind = _sum_type(vector.device)
+    return torch.stack([torch.linalg.vector_norm(piece, dtype=kind) for piece in vector.split(PIECE)]).norm()
 
 
 def gradient_norm(groups: Sequence[FlatGroup]) -> Tensor:
