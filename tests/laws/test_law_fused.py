@@ -31,6 +31,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "came": {"training__optimizer": {"type": "came"}},
     "soap": {"training__optimizer": {"type": "soap"}},
     "lion": {"training__optimizer": {"type": "lion"}},
+    "8-bit moments": {"training__optimizer": {"type": "adamw8bit"}},
+    "8-bit moments of bf16 weights": {
+        "adapter": {"type": "full", "weights": "bf16"},
+        "training__optimizer": {"type": "adamw8bit"},
+        **BF16,
+    },
     "text encoders": {"adapter": BOTH, **RATES},
     "text encoders by adafactor": {"adapter": BOTH, "training__optimizer": {"type": "adafactor"}, **RATES},
     "one encoder still": {"adapter": BOTH, "training__text_encoder_learning_rates": [0, 3e-4]},
@@ -105,7 +111,7 @@ def test_what_is_logged_is_what_an_unfused_run_logs(make_run: MakeRun) -> None:
         assert (one.learning_rate, one.samples) == (other.learning_rate, other.samples)
 
 
-RESUMED = ["adamw", "bf16 weights", "text encoders by adafactor", "encoders that stop"]
+RESUMED = ["adamw", "8-bit moments", "bf16 weights", "text encoders by adafactor", "encoders that stop"]
 
 
 @pytest.mark.parametrize("variant", RESUMED)

@@ -16,7 +16,7 @@ from gesso.training import optim
 from gesso.training.members import Members
 from gesso.training.optim import FlatGroup
 
-SHAPES = {"matrix": (24, 18), "bias": (24,), "conv": (16, 3, 3, 3), "wide": (4, 40), "long": (2, 1600)}
+SHAPES = {"matrix": (24, 18), "bias": (24,), "conv": (16, 3, 3, 3), "wide": (4, 40), "long": (2, 40, 40)}
 """Together more than 4,096 numbers: of fewer the 8-bit ones keep 32 bits."""
 NAMED = [name for name, kind in KINDS.items() if kind.runs_on("cpu")]
 CLASSES: dict[str, dict[str, Any]] = {
