@@ -17,6 +17,7 @@ _NOISE = {
     "noise_offset": 0.1, "pyramid_noise_iterations": 2, "input_perturbation": 0.1,
     "timesteps": {"type": "beta", "alpha": 2, "beta": 3}, "timestep_bias": {"begin": 0.5, "multiplier": 2},
 }  # fmt: skip
+_FUSED = {"training__fused_backward": True, "training__accumulation": 1, "training__clip": None}
 RUNS: dict[str, dict[str, Any]] = {
     "lora, everything at once": {
         "adapter": {
@@ -52,6 +53,12 @@ RUNS: dict[str, dict[str, Any]] = {
         "training__text_encoder_learning_rates": [1e-4, 0],
     },
     "full, bf16": {"adapter": {"type": "full", "weights": "bf16", "targets": "attention"}},
+    "full, updated in the backward pass": {
+        "adapter": {"type": "full", "train_text_encoders": True},
+        "training__gradient_checkpointing": True,
+        **_FUSED,
+    },
+    "full, bf16, updated in the backward pass": {"adapter": {"type": "full", "weights": "bf16"}, **_FUSED},
     "lora, new words": {
         "adapter": {"type": "lora", "rank": 2, "train_text_encoders": True, "tokens": _TOKENS},
         "model__prompt_weights": True,
