@@ -53,6 +53,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lokr": {"adapter": {"type": "lokr", "rank": 8}},
     "oft": {"adapter": {"type": "oft", "block_size": 16}},
     "full": {"adapter": {"type": "full"}},
+    "full, updates inside the backward pass": {"adapter": {"type": "full"}, "training": {"fused_backward": True}},
     "full, bf16": {"adapter": {"type": "full", "weights": "bf16"}, "training": {"precision": "bf16"}},
     "textual inversion": {"adapter": {"type": "embedding", "tokens": NEW}},
     "dreambooth, class images": {"objective": {"type": "dreambooth"}},
@@ -129,7 +130,7 @@ def main() -> int:
         seconds = measure(trainees, args.rounds)
     rows = {name: row(some, seconds["lora"]) for name, some in seconds.items()}
     for name, found in rows.items():
-        print(f"{name:32} {found['seconds']:8.3f} s  {found['ratio']:6.2f}  ({found['from']:.2f} to {found['to']:.2f})")
+        print(f"{name:40} {found['seconds']:8.3f} s  {found['ratio']:6.2f}  ({found['from']:.2f} to {found['to']:.2f})")
     if not args.only:
         record = {
             "provenance": provenance(),

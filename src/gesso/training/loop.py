@@ -166,26 +166,29 @@ def _accumulate(
     for group in learner.groups:
         group.clear()
     samples = stream.window_size(step)
-    batches = list(_timed(stream, step))
     total = torch.zeros((), device=runtime.device)
-    waiting: list[torch.Tensor] = []
-    # A backward pass begins with what came last; so each gradient is added up in one order, in one pass or several.
-    for micro in sorted(range(len(batches)), reverse=learner.at_once):
-        batch, _ = batches[micro]
+    shares: list[torch.Tensor] = []
+    files: list[str] = []
+    data_seconds = 0.0
+    batches = enumerate(_timed(stream, step))
+    # A backward pass begins with what came last; so each gradient is added up in the order of several passes.
+    for micro, (batch, waited) in reversed(list(batches)) if learner.at_once else batches:
+        data_seconds += waited
+        files += batch.files
         runtime.seed_model(seed, step, micro)
         share = loss(batch.to(runtime.device)).sum() / samples
         total += share.detach()
-        waiting.append(learner.scaler.scale(share))
-        if not learner.at_once:
-            waiting.pop().backward()
-    if waiting:
-        torch.autograd.backward(waiting)
+        if learner.at_once:
+            shares.append(share)
+        else:
+            learner.scaler.scale(share).backward()
+    if shares:
+        torch.autograd.backward(shares)
     learner.scaler.unscale_(learner.optimizer)
     norm = optim.gradient_norm(learner.groups)
     # One transfer for both numbers: each costs a wait for the device.
     loss_value, norm_value = torch.stack([total, norm.to(total)]).tolist()
-    files = tuple(file for batch, _ in batches for file in batch.files)
-    return _Gradient(loss_value, norm_value, samples, files, sum(seconds for _, seconds in batches))
+    return _Gradient(loss_value, norm_value, samples, tuple(files), data_seconds)
 
 
 def _timed(stream: Stream, step: int) -> Iterator[tuple[Batch, float]]:
