@@ -53,7 +53,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lokr": {"adapter": {"type": "lokr", "rank": 8}},
     "oft": {"adapter": {"type": "oft", "block_size": 16}},
     "full": {"adapter": {"type": "full"}},
-    "full, updates inside the backward pass": {"adapter": {"type": "full"}, "training": {"fused_backward": True}},
+    "full, updates inside the backward pass": {
+        "adapter": {"type": "full"},
+        "training": {"fused_backward": True, "clip": None},
+    },
     "full, bf16": {"adapter": {"type": "full", "weights": "bf16"}, "training": {"precision": "bf16"}},
     "textual inversion": {"adapter": {"type": "embedding", "tokens": NEW}},
     "dreambooth, class images": {"objective": {"type": "dreambooth"}},
