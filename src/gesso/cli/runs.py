@@ -177,7 +177,7 @@ def _draw_curves(folder: Path) -> None:
     from gesso.core.folder import RunFolder
 
     with contextlib.suppress(UserError, OSError):
-        typer.echo(f"  curves: {curves.write(RunFolder(folder))}")
+        typer.echo(f"curves: {curves.write(RunFolder(folder))}")
 
 
 def draw_curves(
