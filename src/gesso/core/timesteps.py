@@ -7,6 +7,7 @@ sample, and a part of the range (or a bias towards one) is exactly that distribu
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -22,16 +23,16 @@ if TYPE_CHECKING:
 _KNOTS = 4097
 
 
-class Distribution(Spec):
+class Distribution(Spec, ABC):
     """Base of the distributions on [0, 1]."""
 
+    @abstractmethod
     def cdf(self, x: float) -> float:
         """Share of the draws below x."""
-        raise NotImplementedError
 
+    @abstractmethod
     def quantile(self, p: Tensor) -> Tensor:
         """Where a share p [B] of the draws lies below; on p's device and in its dtype."""
-        raise NotImplementedError
 
 
 class Uniform(Distribution):

@@ -26,6 +26,7 @@ equality holds for the squared error alone.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag
@@ -42,12 +43,20 @@ Answer = Literal["epsilon", "v_prediction", "flow"]
 _DEBIASED_CAP = 1000.0
 
 
-class Weighting(Spec):
+class Weighting(Spec, ABC):
     """Base of the rules."""
 
+    @abstractmethod
+    def on_answer(self, snr: Tensor, answer: Answer) -> Tensor:
+        """Weight of the squared error in a denoiser's answer."""
+
+
+class OfPicture(Weighting, ABC):
+    """Base of the rules that weigh a guess of the picture alike, whatever the answer is."""
+
+    @abstractmethod
     def on_x0(self, snr: Tensor) -> Tensor:
         """Weight of the squared error in x_0 at these signal-to-noise ratios."""
-        raise NotImplementedError
 
     def on_answer(self, snr: Tensor, answer: Answer) -> Tensor:
         """Weight of the squared error in a denoiser's answer."""
@@ -75,7 +84,7 @@ class Unweighted(Weighting):
         return snr.new_ones(snr.shape)
 
 
-class MinSNR(Weighting):
+class MinSNR(OfPicture):
     """Low noise counts no more than SNR = gamma does (Hang et al. 2023, arXiv:2303.09556)."""
 
     type: Literal["min_snr"] = "min_snr"
@@ -87,7 +96,7 @@ class MinSNR(Weighting):
         return snr.clamp(max=self.gamma)
 
 
-class SoftMinSNR(Weighting):
+class SoftMinSNR(OfPicture):
     """min_snr without its corner: SNR gamma / (SNR + gamma) (Crowson et al. 2024, arXiv:2401.11605)."""
 
     type: Literal["soft_min_snr"] = "soft_min_snr"
@@ -99,7 +108,7 @@ class SoftMinSNR(Weighting):
         return snr * (self.gamma / (snr + self.gamma))
 
 
-class Debiased(Weighting):
+class Debiased(OfPicture):
     """Debiased estimation (Yu et al. 2023, arXiv:2310.08442): 1 / sqrt(SNR) on the error in noise, SNR at most 1000."""
 
     type: Literal["debiased"] = "debiased"
@@ -125,7 +134,7 @@ class Debiased(Weighting):
         return 1 / (plain if self.v_rule == "kohya" else plain.sqrt())
 
 
-class P2(Weighting):
+class P2(OfPicture):
     """Perception-prioritised: 1 / (k + SNR)^gamma on the error in noise (Choi et al. 2022, arXiv:2204.00227)."""
 
     type: Literal["p2"] = "p2"
@@ -139,7 +148,7 @@ class P2(Weighting):
         return snr / (self.k + snr).pow(self.gamma)
 
 
-class EpsilonLike(Weighting):
+class EpsilonLike(OfPicture):
     """Weigh a model of v or flow as if it predicted noise: SNR on the error in x_0."""
 
     type: Literal["epsilon"] = "epsilon"

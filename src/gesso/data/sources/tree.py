@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ _PICTURES = frozenset(EXTENSIONS)
 _CHUNK = 2_000
 
 
-class Tree:
+class Tree(ABC):
     """Files under a root. `names` are relative to it, with forward slashes, sorted, hidden ones left out."""
 
     def __init__(self, root: str, names: Sequence[str]) -> None:
@@ -40,9 +41,9 @@ class Tree:
     def __contains__(self, name: object) -> bool:
         return name in self._known
 
+    @abstractmethod
     def place(self, name: str) -> Place:
         """Where a file's bytes are."""
-        raise NotImplementedError
 
     def shown(self, name: str) -> str:
         """How a file is named in messages."""
